@@ -1,0 +1,212 @@
+"""
+The arithmetic: block attention with its log-sum-exp, the merge of two partial attentions, rotary
+embedding, and the two small products that compress and rebuild keys and values.
+
+Nothing here knows of processes. ring.py calls these functions once per block that arrives;
+`fuse()` hands the elementwise and small ones to torch.compile (train.py --compile).
+"""
+import functools
+
+import torch
+
+aten = torch.ops.aten
+
+
+def accumulation_dtype(dtype):
+    """float32 at least: bf16 sums over many hops lose the small terms; float64 stays float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# -----------------------------------------------------------------------------
+# Block attention: queries against one block of keys, with the log-sum-exp that lets blocks be merged.
+# Every backend is a pair
+#     forward (q, k, v, causal) -> out, lse
+#     backward(dout, q, k, v, out, lse, causal) -> dq, dk, dv
+# where out and lse in `backward` are those of the *whole* softmax, over all blocks: the probabilities
+# exp(q k - lse) are then the global ones, so the gradients of the blocks simply add up.
+
+def _cpu_forward(q, k, v, causal):
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+
+
+def _cpu_backward(dout, q, k, v, out, lse, causal):
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal)
+
+
+def _cudnn_forward(q, k, v, causal):
+    out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal)[:2]
+    return out, lse.view(q.shape[:3])  # the operator returns (B, H, T, 1)
+
+
+def _cudnn_backward(dout, q, k, v, out, lse, causal):
+    no_dropout = torch.zeros(2, dtype=torch.int64, device=q.device)  # its seed and offset
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse.unsqueeze(-1), no_dropout[0], no_dropout[1], None, None, None,
+        q.shape[2], k.shape[2], 0.0, causal)
+
+
+def _flash_forward(q, k, v, causal):
+    return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
+
+
+def _flash_backward(dout, q, k, v, out, lse, causal):
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    return aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, no_dropout, no_dropout[0])
+
+
+def _math_scores(q, k, causal):
+    s = (q @ k.transpose(-2, -1)).to(accumulation_dtype(q.dtype)) * q.shape[-1] ** -0.5  # (B, H, Tq, Tk)
+    if causal:
+        future = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
+        s = s.masked_fill(future, float('-inf'))
+    return s
+
+
+def _math_forward(q, k, v, causal):
+    s = _math_scores(q, k, causal)
+    lse = torch.logsumexp(s, dim=-1)  # (B, H, Tq)
+    return torch.exp(s - lse.unsqueeze(-1)).to(v.dtype) @ v, lse
+
+
+def _math_backward(dout, q, k, v, out, lse, causal):
+    p = torch.exp(_math_scores(q, k, causal) - lse.unsqueeze(-1))  # (B, H, Tq, Tk)
+    delta = (dout * out).to(p.dtype).sum(-1, keepdim=True)  # (B, H, Tq, 1)
+    ds = p * ((dout @ v.transpose(-2, -1)).to(p.dtype) - delta) * q.shape[-1] ** -0.5
+    p, ds = p.to(q.dtype), ds.to(q.dtype)
+    return ds @ k, ds.transpose(-2, -1) @ q, p.transpose(-2, -1) @ dout
+
+
+BACKENDS = {'cudnn': (_cudnn_forward, _cudnn_backward), 'flash': (_flash_forward, _flash_backward),
+            'cpu': (_cpu_forward, _cpu_backward), 'math': (_math_forward, _math_backward)}
+
+
+@functools.lru_cache(maxsize=None)
+def attention_backend(device_type, dtype, head_dim):
+    """
+    Name of the fastest block attention this device runs, found by trying: 'cudnn' or 'flash' on CUDA
+    (bf16, fp16), 'cpu' (PyTorch's CPU flash attention), else 'math', which holds Tq x Tk scores.
+    """
+    if device_type == 'cpu':
+        return 'cpu'
+    if device_type == 'cuda' and dtype in (torch.bfloat16, torch.float16):
+        q = torch.zeros(1, 1, 128, head_dim, dtype=dtype, device='cuda')
+        for name in ('cudnn', 'flash'):
+            forward, backward = BACKENDS[name]
+            try:
+                backward(q, q, q, q, *forward(q, q, q, True), True)
+                return name
+            except RuntimeError:  # this head size, chip or build has no such kernel
+                continue
+    return 'math'
+
+
+def attention_forward(q, k, v, causal):
+    """
+    Softmax attention of q over one block of keys, scaled by 1/sqrt(hd).
+
+    q: (B, H, Tq, hd); k, v: (B, Hkv, Tk, hd), where Hkv divides H (grouped-query attention).
+    causal: query t sees keys 0..t of this block (needs Tq == Tk).
+    Returns out (B, H, Tq, hd) in q's dtype and lse (B, H, Tq), the log of each softmax denominator,
+    float32 at least.
+    """
+    name = attention_backend(q.device.type, q.dtype, q.shape[-1])
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and name != 'cpu':  # the CPU operator takes grouped heads as they are
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    out, lse = BACKENDS[name][0](q, k, v, causal)
+    return out, lse.to(accumulation_dtype(q.dtype))
+
+
+def attention_backward(dout, q, k, v, out, lse, causal):
+    """
+    Gradients of `attention_forward` for one block of a larger softmax.
+
+    out (B, H, Tq, hd) and lse (B, H, Tq) are those after merging *all* blocks the queries see.
+    Returns dq (B, H, Tq, hd), dk and dv (B, Hkv, Tk, hd): this block's share of dq, and all of what
+    these queries contribute to dk and dv.
+    """
+    name = attention_backend(q.device.type, q.dtype, q.shape[-1])
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and name != 'cpu':
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    dq, dk, dv = BACKENDS[name][1](dout, q, k, v, out, lse.contiguous(), causal)
+    if groups > 1 and name != 'cpu':
+        dk, dv = (t.unflatten(1, (-1, groups)).sum(2) for t in (dk, dv))
+    return dq, dk, dv
+
+
+def merge(out, lse, block_out, block_lse):
+    """
+    Two attentions of the same queries over disjoint keys -> the attention over all of them.
+
+    out, block_out: (B, H, T, hd); lse, block_lse: (B, H, T). Each output is weighted by its share
+    of the joint softmax denominator; the exponents are <= 0, so nothing overflows.
+    """
+    total = torch.logaddexp(lse, block_lse)
+    out = out * torch.exp(lse - total).unsqueeze(-1) + block_out * torch.exp(block_lse - total).unsqueeze(-1)
+    return out, total
+
+
+# -----------------------------------------------------------------------------
+# What happens to keys and values around the wire
+
+def rope(x, cos, sin):
+    """
+    Rotary position embedding (Su et al. 2021; halves paired as in LLaMA's public code).
+
+    x: (B, T, H, hd); cos, sin: (T, hd/2) at the tokens' *global* positions. Returns x's dtype.
+    """
+    x1, x2 = x.to(cos.dtype).chunk(2, dim=-1)  # (B, T, H, hd/2)
+    cos, sin = cos[:, None], sin[:, None]  # (T, 1, hd/2)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+def rotate_basis(theta, U0, AU0, AAU0):
+    """
+    R(theta) U0 with R(theta) = I + M + M^2/2, M = sum_l theta_l A_l: the paper's second-order
+    exponential, applied to U0 without ever forming a d x d matrix.
+
+    theta: (B, c, k); U0: (d, r); AU0: (k, d, r) = A_l U0; AAU0: (k, k, d, r) = A_l A_m U0.
+    Returns (B, c, d, r): one basis per chunk.
+    """
+    first = torch.einsum('bcl,ldr->bcdr', theta, AU0)
+    second = torch.einsum('bcl,bcm,lmdr->bcdr', theta, theta, AAU0)
+    return U0 + first + second / 2
+
+
+def compress(z, U, n_chunks):
+    """Z_comp = Z U. z: (B, T, d); U: (d, r), or (B, c, d, r) with one basis per chunk -> (B, T, r)."""
+    return (z.unflatten(1, (n_chunks, -1)) @ U.to(z.dtype)).flatten(1, 2)
+
+
+def expand(z, U, n_chunks):
+    """Z_hat = Z_comp U^T, the inverse on the subspace. z: (B, T, r) -> (B, T, d)."""
+    return (z.unflatten(1, (n_chunks, -1)) @ U.to(z.dtype).transpose(-2, -1)).flatten(1, 2)
+
+
+def to_heads(k, v, cos, sin):
+    """k, v: (B, T, Hkv * hd), before RoPE -> k rotated to its positions, v: both (B, Hkv, T, hd)."""
+    k, v = (t.unflatten(-1, (-1, 2 * cos.shape[-1])) for t in (k, v))  # (B, T, Hkv, hd)
+    return rope(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+
+
+def expand_to_heads(latents, bases, cos, sin, n_chunks):
+    """
+    What a receiver does to a block: rebuild keys and values, rotate the keys to their positions.
+
+    latents, bases: one of each where [K, V] share a subspace of R^2d, two where they have their own.
+    Returns k, v: (B, Hkv, T, hd).
+    """
+    rebuilt = [expand(z, U, n_chunks) for z, U in zip(latents, bases)]
+    k, v = rebuilt if len(rebuilt) == 2 else rebuilt[0].chunk(2, dim=-1)
+    return to_heads(k, v, cos, sin)
+
+
+def fuse():
+    """
+    torch.compile what runs once per arriving block (train.py --compile). Callers reach these functions
+    through the module, `kernels.merge(...)`, so that rebinding the names here is enough.
+    """
+    global merge, to_heads, expand_to_heads
+    merge, to_heads, expand_to_heads = (torch.compile(f) for f in (merge, to_heads, expand_to_heads))

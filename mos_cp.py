@@ -1,0 +1,489 @@
+"""
+The model: a small LLaMA-style GPT whose attention runs over a ring of workers, and the compressor that
+decides what crosses the wire ("Mixtures of Subspaces for Bandwidth Efficient Context Parallel Training",
+Ramasinghe et al., NeurIPS 2025, arXiv 2606.16384; "the paper" below).
+
+    config = GPTConfig(block_size=1024, n_layer=4, n_head=4, n_embd=128)
+    model = GPT(config)                     # one process: the reference
+    logits, loss = model(idx, targets)      # (B, T, vocab_size), mean cross-entropy
+
+With `GPT(config, Ring(group))` the same call takes each rank's `ring.shard(idx)` and gives the same
+numbers: what the model computes depends on config.n_chunks, never on how many ranks share the chunks.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import kernels
+from ring import Ring, ring_attention, same
+
+CHOICES = {  # the values each option takes; train.py's flags check against these too
+    'send': ('full', 'local', 'topk', 'int4', 'subspace'),
+    'basis': ('fixed', 'rotated', 'learned'),
+    'generator': ('frobenius', 'spectral', 'principal'),
+    'exp': ('taylor', 'exact'),
+}
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # context length, tokens
+    vocab_size: int = 256
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 0  # grouped-query attention; 0: n_head
+    n_embd: int = 128
+    n_ff: int = 0  # width of the SwiGLU; 0: 8/3 n_embd rounded up to a multiple of 64
+    rope_base: float = 500000.0
+    n_chunks: int = 16  # the sequence is cut into this many chunks; a multiple of 2 * cp
+    # what crosses the wire (README, "The method")
+    send: str = 'subspace'
+    exact_local: bool = True
+    joint_kv: bool = True
+    basis: str = 'learned'
+    rank_k: float = 0.02
+    rank_v: float = 0.05
+    generator: str = 'frobenius'
+    n_generators: int = 1
+    exp: str = 'taylor'
+    theta_clip: float = 0.5
+    topk: float = 0.1
+    compress_last: bool = True
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_ff = self.n_ff or 64 * math.ceil(8 * self.n_embd / 3 / 64)
+
+        def multiple(of, name, by):
+            if getattr(self, name) < 1 or getattr(self, name) % by:
+                raise ValueError(f'{name} ({getattr(self, name)}) must be a multiple of {of} ({by}): '
+                                 f'change --{name} or --{of.split()[-1]}')
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_chunks', 'n_generators'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} ({getattr(self, name)}) must be at least 1: change --{name}')
+        multiple('n_chunks', 'block_size', self.n_chunks)
+        multiple('2 * n_head', 'n_embd', 2 * self.n_head)  # RoPE rotates pairs
+        multiple('n_kv_head', 'n_head', self.n_kv_head)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f'{name} ({getattr(self, name)!r}) must be one of {", ".join(choices)}: change --{name}')
+        for name in ('rank_k', 'rank_v', 'topk'):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f'{name} ({getattr(self, name)}) is a fraction of the width, above 0 and '
+                                 f'at most 1: change --{name}')
+        if self.theta_clip < 0:
+            raise ValueError(f'theta_clip ({self.theta_clip}) must be at least 0 (0: no clipping): change --theta_clip')
+        if self.send == 'local' and not self.exact_local:
+            raise ValueError('send=local attends to nothing but the exact local keys: it needs --exact_local=True')
+        if self.send == 'subspace' and self.basis == 'rotated' and self.generator == 'principal':
+            for d, r in self.subspaces:
+                if (self.n_generators + 1) * r > d:
+                    raise ValueError(f'generator=principal needs (n_generators + 1) * r ({self.n_generators + 1} * {r}) '
+                                     f'directions of at most d ({d}): lower --n_generators or --rank_k and --rank_v')
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_dim(self):
+        """Width d of all keys (and of all values) of a token."""
+        return self.n_kv_head * self.head_dim
+
+    @property
+    def subspaces(self):
+        """(d, r) of each subspace: one for [K, V] together in R^2d, or one for K and one for V."""
+        d = self.kv_dim
+        r_k, r_v = (max(1, round(rank * d)) for rank in (self.rank_k, self.rank_v))
+        return [(2 * d, r_k + r_v)] if self.joint_kv else [(d, r_k), (d, r_v)]
+
+
+# -----------------------------------------------------------------------------
+# The compressor
+
+def principal_directions(moment, n):
+    """
+    Top n eigenvectors of a second moment sum_t z_t z_t^T (d, d) -> (d, n), orthonormal, each with its
+    largest entry positive (an eigenvector's sign is arbitrary; machines should agree on it).
+    """
+    _, vectors = torch.linalg.eigh(moment.double())  # ascending
+    vectors = vectors.flip(-1)[:, :n]
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return vectors * largest.sign()
+
+
+class Subspace(nn.Module):
+    """
+    One r-dimensional subspace of R^d, or a family of them, U(theta) = R(theta) U0 (paper, Algorithm 1).
+
+    basis=fixed: U0 alone. learned: U0 is a parameter. rotated: R(theta) = exp(sum_l theta_l A_l) with fixed
+    skew-symmetric A_l, and theta = psi(mean of the chunk's keys or values): a mixture of subspaces.
+    """
+
+    def __init__(self, d, r, config, rng):
+        super().__init__()
+        self.config, k = config, config.n_generators
+        U0 = torch.linalg.qr(torch.randn(d, r, generator=rng))[0]
+        self.learned, self.rotated = config.basis == 'learned', config.basis == 'rotated'
+        if self.learned:
+            self.U0 = nn.Parameter(U0)
+        else:
+            self.register_buffer('U0', U0)
+        if self.rotated:
+            self.psi = nn.utils.skip_init(nn.Linear, d, k, bias=False)
+            self.psi.weight.data = 0.02 * torch.randn(k, d, generator=rng)
+            # A_l U0 and A_l A_m U0: all that the second-order exponential needs
+            self.register_buffer('AU0', torch.zeros(k, d, r))
+            self.register_buffer('AAU0', torch.zeros(k, k, d, r))
+            if config.generator == 'principal':
+                self.set_basis(torch.linalg.qr(torch.randn(d, (k + 1) * r, generator=rng))[0])
+            else:
+                S = torch.randn(k, d, d, generator=rng)
+                A = S - S.transpose(-2, -1)
+                norm = torch.linalg.matrix_norm(A, 'fro' if config.generator == 'frobenius' else 2, keepdim=True)
+                self.register_buffer('A', A / norm)
+                self.set_basis(U0)
+
+    @property
+    def n_directions(self):
+        """How many principal directions `set_basis` takes: r, or r for U0 and r more for each generator."""
+        principal = self.rotated and self.config.generator == 'principal'
+        return self.U0.shape[1] * (1 + self.config.n_generators * principal)
+
+    @torch.no_grad()
+    def set_basis(self, directions):
+        """Start the subspace in the given orthonormal directions (d, n_directions)."""
+        d, r = self.U0.shape
+        self.U0.copy_(directions[:, :r])
+        if not self.rotated:
+            return
+        if self.config.generator == 'principal':
+            # A_l = U_l U0^T - U0 U_l^T turns U0 towards U_l, the l-th next r principal directions:
+            # A_l U0 = U_l and A_l A_m U0 = -U0 if l == m else 0
+            self.AU0.copy_(directions[:, r:].reshape(d, -1, r).transpose(0, 1))
+            self.AAU0.copy_(-torch.einsum('lm,dr->lmdr', torch.eye(len(self.AU0)).to(self.U0), self.U0))
+        else:
+            self.AU0.copy_(self.A @ self.U0)
+            self.AAU0.copy_(torch.einsum('lde,mer->lmdr', self.A, self.AU0))
+
+    def theta(self, z, n_chunks):
+        """How far to rotate, from the mean of each chunk. z: (B, T, d) -> (B, c, k), radians."""
+        theta = self.psi(z.unflatten(1, (n_chunks, -1)).mean(dim=2)).to(z.dtype)
+        clip = self.config.theta_clip
+        return theta.clamp(-clip, clip) if clip else theta
+
+    def basis(self, theta):
+        """U(theta) = R(theta) U0. theta: (B, c, k) -> (B, c, d, r)."""
+        theta = theta.to(self.U0.dtype)
+        if self.config.exp == 'taylor':
+            return kernels.rotate_basis(theta, self.U0, self.AU0, self.AAU0)
+        if self.config.generator == 'principal':
+            # exp(sum theta_l A_l) U0 = cos|theta| U0 + sin|theta| / |theta| sum theta_l U_l, exactly
+            size = theta.norm(dim=-1)[..., None, None]  # (B, c, 1, 1)
+            towards = torch.einsum('bcl,ldr->bcdr', theta, self.AU0)
+            return torch.cos(size) * self.U0 + torch.sinc(size / math.pi) * towards
+        return torch.linalg.matrix_exp(torch.einsum('bcl,lde->bcde', theta, self.A)) @ self.U0
+
+
+class Compressor(nn.Module):
+    """
+    What a layer's keys and values look like on the wire. `compress` makes the payload, `expand` turns a
+    payload, one's own or a received one, into keys and values. Compression acts before RoPE; the receiver
+    rotates to the sender's positions. `on` = False sends full keys and values (warm start, unplugged).
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.on = config, True
+        last = layer == config.n_layer - 1
+        self.kind = 'full' if last and not config.compress_last else config.send
+        # its own random numbers: the model's initial weights must not depend on what is sent
+        rng = torch.Generator().manual_seed(1000 + layer)
+        subspaces = config.subspaces if self.kind == 'subspace' else []
+        self.subspaces = nn.ModuleList(Subspace(d, r, config, rng) for d, r in subspaces)
+
+    @property
+    def send(self):
+        return self.kind if self.on else 'full'
+
+    @property
+    def exact_local(self):
+        return self.config.exact_local and self.send != 'full'  # 'full' is exact everywhere
+
+    @property
+    def keep(self):
+        """Small payloads are held until backward; full ones go round the ring again."""
+        return self.send != 'full'
+
+    @property
+    def params(self):
+        """The tensors `expand` needs gradients for: the learned basis."""
+        return tuple(s.U0 for s in self.subspaces if s.learned) if self.send == 'subspace' else ()
+
+    def n_chunks(self, n_tokens):
+        return n_tokens * self.config.n_chunks // self.config.block_size
+
+    def _stack(self, k, v):
+        """Keys and values as the subspaces see them: [K, V] side by side, or apart."""
+        return [torch.cat((k, v), dim=-1)] if self.config.joint_kv else [k, v]
+
+    def compress(self, k, v):
+        """k, v: (B, T, d) before RoPE -> the payload, a tuple of tensors (B, T, ...) and (B, chunks, ...)."""
+        if self.send in ('full', 'int4'):  # int4 is full keys and values, quantised by `pack`
+            return k, v
+        if self.send == 'local':
+            return ()
+        if self.send == 'topk':  # the largest entries of each token's key and value, and where they stood
+            n = max(1, round(self.config.topk * k.shape[-1]))
+            where = [t.abs().topk(n, dim=-1).indices for t in (k, v)]
+            index_dtype = torch.int16 if k.shape[-1] <= 2**15 else torch.int32
+            return (*(t.gather(-1, i) for t, i in zip((k, v), where)), *(i.to(index_dtype) for i in where))
+        c, stacked = self.n_chunks(k.shape[1]), self._stack(k, v)
+        if self.config.basis != 'rotated':
+            return tuple(kernels.compress(z, s.U0, c) for s, z in zip(self.subspaces, stacked))
+        theta = [s.theta(z, c) for s, z in zip(self.subspaces, stacked)]
+        return (*(kernels.compress(z, s.basis(t), c) for s, z, t in zip(self.subspaces, stacked, theta)), *theta)
+
+    def expand(self, payload, params, cos, sin):
+        """
+        payload: as from `compress`, or its first chunks; params: as the property of that name;
+        cos, sin: (T, hd/2) at the payload's positions -> k with RoPE, v: (B, Hkv, T, hd).
+        """
+        if self.send in ('full', 'int4'):
+            return kernels.to_heads(*payload, cos, sin)
+        if self.send == 'topk':
+            zeros = payload[0].new_zeros(*payload[0].shape[:-1], self.config.kv_dim)
+            k, v = (zeros.scatter(-1, i.long(), t) for t, i in zip(payload[:2], payload[2:]))
+            return kernels.to_heads(k, v, cos, sin)
+        n = len(self.subspaces)
+        latents, theta = payload[:n], payload[n:]
+        bases = [s.basis(t) for s, t in zip(self.subspaces, theta)] if theta else params or [s.U0 for s in self.subspaces]
+        return kernels.expand_to_heads(latents, bases, cos, sin, self.n_chunks(cos.shape[0]))
+
+    def pack(self, payload):
+        """int4: to 4 bits with one scale a head and token, two to a byte. Else the payload as it is."""
+        if self.send != 'int4':
+            return same(payload)
+        x = torch.cat(payload, dim=-1).unflatten(-1, (-1, self.config.head_dim))  # (B, T, 2 Hkv, hd)
+        scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / 7
+        q = (x / scale).round().clamp(-7, 7).add(8).to(torch.uint8)
+        return q[..., ::2] | q[..., 1::2] << 4, scale
+
+    def unpack(self, wire):
+        """The inverse of `pack`, up to rounding."""
+        if self.send != 'int4':
+            return same(wire)
+        packed, scale = wire
+        q = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).to(scale.dtype) - 8  # (B, T, 2 Hkv, hd)
+        return (q * scale).flatten(-2).chunk(2, dim=-1)
+
+    def wire_bytes(self, n_tokens, itemsize, send=None):
+        """
+        Bytes that `n_tokens` tokens of one sequence cost per rank they travel to: (forward, backward).
+
+        itemsize: bytes of a number in the compute dtype; send: another kind than this layer's own.
+        Backward is the gradient of what was sent; for `full`, the keys and values travel once more besides.
+        """
+        c, send = self.config, send or self.send
+        full = 2 * c.kv_dim * n_tokens * itemsize
+        if send == 'full':
+            return full, 2 * full
+        if send == 'local':
+            return 0, 0
+        if send == 'int4':  # 4 bits and a scale per head forward; the straight-through gradient is not quantised
+            return (c.kv_dim + 2 * c.n_kv_head * itemsize) * n_tokens, full
+        if send == 'topk':  # where the entries stood travels forward only
+            n = 2 * max(1, round(c.topk * c.kv_dim)) * n_tokens
+            return n * (itemsize + (2 if c.kv_dim <= 2**15 else 4)), n * itemsize
+        theta = c.n_generators * self.n_chunks(n_tokens) if c.basis == 'rotated' else 0
+        numbers = sum(r * n_tokens + theta for _, r in c.subspaces)
+        return numbers * itemsize, numbers * itemsize
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+class Attention(nn.Module):
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config = config
+        self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_k = nn.Linear(config.n_embd, config.kv_dim, bias=False)  # the W of Z = X W in the paper
+        self.c_v = nn.Linear(config.n_embd, config.kv_dim, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.compressor = Compressor(config, layer)
+        self.moments = None  # a list while GPT.basis_moments collects
+
+    def forward(self, x, ring, cos, sin):
+        """x: (B, T, n_embd), this rank's tokens; cos, sin: (block_size, hd/2) for all positions."""
+        comp, chunk_size = self.compressor, self.config.block_size // self.config.n_chunks
+        here = ring.positions(x.shape[1], chunk_size, x.device)
+        q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)  # (B, T, n_embd), (B, T, d), (B, T, d)
+        if self.moments is not None:
+            self.moments += [z.flatten(0, 1).float().T @ z.flatten(0, 1).float() for z in comp._stack(k, v)]
+        payload = comp.compress(k, v)
+        k, v = kernels.to_heads(k, v, cos[here], sin[here])  # (B, Hkv, T, hd): exact, for the local chunks
+        q = kernels.rope(q.unflatten(-1, (-1, self.config.head_dim)), cos[here], sin[here]).transpose(1, 2)  # (B, H, T, hd)
+        y = ring_attention(q, payload, lambda payload, params, at: comp.expand(payload, params, cos[at], sin[at]),
+                           comp.params, (k, v) if comp.exact_local else None, ring=ring, chunk_size=chunk_size,
+                           keep=comp.keep, pack=comp.pack, unpack=comp.unpack)  # (B, H, T, hd)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_gate = nn.Linear(config.n_embd, config.n_ff, bias=False)
+        self.c_fc = nn.Linear(config.n_embd, config.n_ff, bias=False)
+        self.c_proj = nn.Linear(config.n_ff, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1, self.attn = nn.RMSNorm(config.n_embd, eps=1e-5), Attention(config, layer)
+        self.ln_2, self.mlp = nn.RMSNorm(config.n_embd, eps=1e-5), MLP(config)
+
+    def forward(self, x, ring, cos, sin):
+        x = x + self.attn(self.ln_1(x), ring, cos, sin)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """LLaMA-3-style decoder: RMSNorm, RoPE, SwiGLU, untied head, no biases. nanoGPT's interface."""
+
+    def __init__(self, config, ring=None):
+        super().__init__()
+        self.config, self.ring = config, ring or Ring()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        frequency = config.rope_base ** (-torch.arange(0, config.head_dim, 2).double() / config.head_dim)
+        angle = torch.outer(torch.arange(config.block_size).double(), frequency)  # (block_size, hd/2)
+        self.register_buffer('cos', angle.cos().float(), persistent=False)
+        self.register_buffer('sin', angle.sin().float(), persistent=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2 and 'compressor' not in name:
+                std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02
+                nn.init.normal_(p, mean=0.0, std=std)
+
+    @property
+    def chunk_size(self):
+        return self.config.block_size // self.config.n_chunks
+
+    @property
+    def compressors(self):
+        return [block.attn.compressor for block in self.h]
+
+    def forward(self, idx, targets=None):
+        """
+        idx, targets: (B, T) token numbers, -1 in targets is ignored. With a ring of several ranks they are this
+        rank's shard (`ring.shard`), and `loss` is the mean over its tokens: all shards are equally long, so
+        the mean over ranks is the mean over the sequence.
+
+        Returns logits (B, T, vocab_size) and loss (None without targets).
+        Raises ValueError if the sequence is too long or cannot be cut into chunks for the ring.
+        """
+        n, world_size = idx.shape[1], self.ring.world_size
+        if n * world_size > self.config.block_size:
+            raise ValueError(f'sequence length ({n * world_size}) is above block_size ({self.config.block_size})')
+        if n % self.chunk_size:
+            if world_size > 1:
+                raise ValueError(f'shard length ({n}) must be a multiple of block_size / n_chunks ({self.chunk_size})')
+            idx = F.pad(idx, (0, self.chunk_size - n % self.chunk_size))  # in the future of every real token
+        x = self.wte(idx)  # (B, T, n_embd)
+        for block in self.h:
+            x = block(x, self.ring, self.cos, self.sin)
+        logits = self.lm_head(self.ln_f(x))[:, :n]  # (B, T, vocab_size)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).to(kernels.accumulation_dtype(logits.dtype)),
+                                   targets.flatten(), ignore_index=-1)
+        return logits, loss
+
+    # -- the compressor's life: warm start (off), on, unplugged (off)
+
+    def set_compression(self, on):
+        """Send what the configuration says (True), or full keys and values (False)."""
+        for compressor in self.compressors:
+            compressor.on = on
+
+    @torch.no_grad()
+    def basis_moments(self, idx=None):
+        """
+        Second moments (d, d), one per subspace, whose principal directions are good bases: of the weights,
+        W^T W for Z = X W, as in the paper, or of the keys and values on a batch `idx` (this rank's shard;
+        sum over ranks is the caller's business).
+        """
+        moments = []
+        for block in self.h:
+            block.attn.moments = []
+        if idx is not None:
+            self(idx)
+        for attn in (block.attn for block in self.h):
+            if idx is None:
+                attn.moments = [W.float() @ W.float().T for W in
+                                ([torch.cat((attn.c_k.weight, attn.c_v.weight))] if self.config.joint_kv
+                                 else [attn.c_k.weight, attn.c_v.weight])]
+            moments += attn.moments if len(attn.compressor.subspaces) else []
+            attn.moments = None
+        return moments
+
+    def set_bases(self, moments):
+        """Start every subspace in the principal directions of its moment, as from `basis_moments`."""
+        for subspace, moment in zip((s for c in self.compressors for s in c.subspaces), moments):
+            subspace.set_basis(principal_directions(moment, subspace.n_directions))
+
+    # -- nanoGPT's interface
+
+    def get_num_params(self, non_embedding=True):
+        """Parameters, without the input embedding by default: it costs no FLOPs."""
+        return sum(p.numel() for p in self.parameters()) - non_embedding * self.wte.weight.numel()
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW; weight matrices decay, norms and the compressor's own parameters do not."""
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        decay = [p for n, p in named if p.dim() >= 2 and 'compressor' not in n]
+        rest = [p for n, p in named if p.dim() < 2 or 'compressor' in n]
+        groups = [{'params': decay, 'weight_decay': weight_decay}, {'params': rest, 'weight_decay': 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type == 'cuda')
+
+    def flops_per_token(self):
+        """
+        Forward and backward: 6 per parameter, and for causal attention over T = block_size tokens
+        6 T n_embd per layer (12 T n_embd if nothing were masked; Chowdhery et al. 2022, appendix B).
+        """
+        c = self.config
+        return 6 * self.get_num_params() + 6 * c.n_layer * c.n_embd * c.block_size
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
+        """
+        Model FLOPs utilisation. fwdbwd_per_iter: sequences per iteration over all devices; dt: seconds;
+        peak_flops: FLOP/s of all devices together.
+        """
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Continue idx (B, T) by max_new_tokens, on this process alone. Returns (B, T + max_new_tokens)."""
+        ring, self.ring = self.ring, Ring()
+        try:
+            for _ in range(max_new_tokens):
+                logits = self(idx[:, -self.config.block_size:])[0][:, -1].float() / temperature  # (B, vocab_size)
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]
+                    logits[logits < kth] = float('-inf')
+                idx = torch.cat((idx, torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)), dim=1)
+        finally:
+            self.ring = ring
+        return idx

@@ -1,0 +1,536 @@
+"""
+Train a GPT on long sequences split over several workers, with compressed ring attention between them.
+
+    python train.py                                               # one process
+    torchrun --standalone --nproc_per_node=2 train.py             # two, on CPUs or GPUs
+    torchrun --standalone --nproc_per_node=2 train.py --send=full # the same, uncompressed
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST --master_port=29500 train.py --preset=124m
+
+`python train.py --help` lists every flag. Read next: mos_cp.py (the model), ring.py (the wire).
+"""
+import argparse
+import dataclasses
+import difflib
+import glob
+import json
+import math
+import os
+import sys
+import sysconfig
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import kernels
+from mos_cp import CHOICES, GPT, GPTConfig
+from ring import Ring, zigzag
+
+# -----------------------------------------------------------------------------
+# Configuration: (flag, default, meaning). The default's type is the flag's type.
+
+FLAGS = [
+    ('preset', 'tiny', 'sizes and schedule: tiny, 124m or 800m; single flags override it'),
+    ('method', 'ours', 'ours (the defaults below), or paper: sets every option to what the paper does'),
+    # input and output
+    ('data', 'stdlib', "training data: stdlib (Python's own source), a text file (read as bytes), a uint16 .bin, or a glob of those"),
+    ('val_data', '', 'validation data, same forms; empty: the last tenth of each file of --data'),
+    ('out_dir', 'out', 'where ckpt.pt and log.jsonl go'),
+    ('init_from', 'scratch', 'scratch, or resume: continue from out_dir/ckpt.pt'),
+    ('log_interval', 10, 'iterations between log lines'),
+    ('eval_interval', 125, 'iterations between validations, each followed by a checkpoint'),
+    ('eval_iters', 8, 'batches per validation'),
+    ('eval_only', False, 'validate once and stop'),
+    ('always_save_checkpoint', True, 'False: write a checkpoint only when the validation loss is the best so far'),
+    ('prompt', 'def ', 'text to continue at the end of the run (byte-level data only)'),
+    ('sample_tokens', 200, 'length of that continuation; 0: none'),
+    # model
+    ('block_size', 1024, 'context length in tokens, over all ranks of a ring together'),
+    ('n_chunks', 16, 'chunks the context is cut into; a multiple of 2 * cp. The result depends on it, not on cp'),
+    ('n_layer', 4, 'layers'),
+    ('n_head', 4, 'query heads'),
+    ('n_kv_head', 0, 'key and value heads (grouped-query attention); 0: n_head'),
+    ('n_embd', 128, 'width'),
+    ('n_ff', 0, 'width of the SwiGLU; 0: 8/3 n_embd, rounded up to a multiple of 64'),
+    ('vocab_size', 0, 'vocabulary; 0: from the data (256 for text, largest token + 1 for .bin)'),
+    # what crosses the wire
+    ('send', 'subspace', 'full (uncompressed), local (nothing), topk, int4, or subspace'),
+    ('exact_local', True, "a chunk attends to its own, never travelling keys exactly; False (the paper): to its rebuilt ones"),
+    ('joint_kv', True, 'one subspace for keys and values together, of rank r_k + r_v; False: one each'),
+    ('basis', 'learned', 'fixed, learned (a trained parameter), or rotated (the paper: R(theta) U0, theta from the chunk mean)'),
+    ('rank_k', 0.02, 'numbers sent for a key, as a fraction of its width'),
+    ('rank_v', 0.05, 'numbers sent for a value, as a fraction of its width'),
+    ('generator', 'frobenius', 'of the rotation: random, scaled to frobenius or spectral norm 1; or principal, onto the next principal directions'),
+    ('n_generators', 1, 'how many generators, that is numbers in theta'),
+    ('exp', 'taylor', 'the exponential of the rotation: taylor (second order) or exact'),
+    ('theta_clip', 0.5, 'largest |theta|; 0: not clipped'),
+    ('topk', 0.1, 'fraction of entries that send=topk keeps'),
+    ('compress_last', True, 'False: the last layer sends full keys and values, as in the paper'),
+    ('warm_start', 50, 'iterations uncompressed before the subspaces start in principal directions; 0: random directions'),
+    ('warm_basis', 'activations', 'principal directions of what: activations, or weights (the paper)'),
+    ('unplug_at', 0, 'iteration from which everything is sent uncompressed and the compressor rests; 0: never'),
+    # optimisation
+    ('batch_size', 8, 'sequences per micro-step'),
+    ('gradient_accumulation_steps', 1, 'micro-steps per iteration, shared out over dp; a multiple of dp'),
+    ('max_iters', 250, 'iterations'),
+    ('learning_rate', 2e-3, 'peak learning rate of AdamW'),
+    ('warmup_iters', 20, 'iterations of linear warm-up'),
+    ('lr_decay_iters', 0, 'iteration at which the cosine decay ends; 0: max_iters'),
+    ('min_lr', 2e-4, 'learning rate at the end of the decay'),
+    ('weight_decay', 0.1, 'weight decay of the matrices'),
+    ('beta1', 0.9, "AdamW's beta1"),
+    ('beta2', 0.95, "AdamW's beta2"),
+    ('grad_clip', 1.0, 'largest norm of the gradient; 0: not clipped'),
+    ('seed', 1337, 'of weights, data order and sampling'),
+    # system
+    ('cp', 0, 'ranks that share one sequence; 0: all. The others are data parallel: dp = world size / cp'),
+    ('sync_every', 1, '1: gradients averaged over all ranks every iteration (exact); c: weights averaged every c iterations'),
+    ('device', 'auto', 'auto, cpu or cuda; auto takes cuda if every process on the machine can have a GPU'),
+    ('dtype', 'auto', 'auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 (autocast) or float64'),
+    ('compile', False, 'torch.compile the model and the kernels around the ring'),
+    ('timeout_s', 300, 'seconds after which a rank that waits for a silent peer gives up'),
+]
+
+PRESETS = {
+    'tiny': {},
+    '124m': dict(n_layer=12, n_head=12, n_embd=768, block_size=16384, batch_size=1, gradient_accumulation_steps=16,
+                 max_iters=10000, warm_start=500, warmup_iters=500, learning_rate=6e-4, min_lr=6e-5, eval_interval=500),
+    # the paper's shape; it does not give the width of its MLP
+    '800m': dict(n_layer=8, n_head=8, n_embd=2048, n_ff=8192, block_size=131072, batch_size=1, max_iters=10000,
+                 warm_start=500, warmup_iters=500, learning_rate=3e-4, min_lr=3e-5, weight_decay=0.01, eval_interval=500),
+}
+
+METHODS = {
+    'ours': {},
+    'paper': dict(send='subspace', basis='rotated', joint_kv=False, exact_local=False, generator='frobenius', n_generators=1,
+                  exp='taylor', theta_clip=0.5, rank_k=0.02, rank_v=0.05, compress_last=False, warm_basis='weights', sync_every=200),
+}
+
+CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS), 'init_from': ('scratch', 'resume'),
+           'warm_basis': ('activations', 'weights'), 'device': ('auto', 'cpu', 'cuda'),
+           'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
+
+# A flag that would do nothing is an error: flag -> what it needs
+NEEDS = {**dict.fromkeys(('basis', 'joint_kv', 'rank_k', 'rank_v', 'warm_start', 'warm_basis'), ('send', 'subspace')),
+         **dict.fromkeys(('generator', 'n_generators', 'exp', 'theta_clip'), ('basis', 'rotated')),
+         'topk': ('send', 'topk')}
+
+MODEL_FLAGS = [f.name for f in dataclasses.fields(GPTConfig) if f.name in {name for name, _, _ in FLAGS}]
+
+
+def fail(message):
+    """End the run with one sentence. Every rank finds the same fault; rank 0 says it."""
+    if int(os.environ.get('RANK', 0)) > 0:
+        time.sleep(2)  # torchrun stops all ranks as soon as one exits: let rank 0 speak first
+        sys.exit(1)
+    sys.exit(f'train.py: {message}')
+
+
+def parse_bool(text):
+    if text.lower() not in ('true', 'false', '1', '0'):
+        raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
+    return text.lower() in ('true', '1')
+
+
+def parse_config(argv):
+    """--key=value or --key value -> (the configuration, the set of flags given). Exits on anything unknown."""
+    parser = argparse.ArgumentParser(prog='train.py', allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     description=__doc__.strip().split('\n')[0])
+    parser.error = fail
+    for name, default, meaning in FLAGS:
+        boolean = dict(type=parse_bool, nargs='?', const=True, metavar='BOOL')
+        value = dict(type=type(default), choices=CHOICES.get(name), metavar=name.upper())
+        parser.add_argument('--' + name, help=f'{meaning} [{default}]'.replace('%', '%%'),
+                            **(boolean if isinstance(default, bool) else value))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        key = unknown[0].split('=')[0]
+        near = difflib.get_close_matches(key.lstrip('-'), [name for name, _, _ in FLAGS], n=1, cutoff=0)
+        fail(f'unknown argument {key}; the nearest flag is --{near[0]}')
+    given = vars(given)
+    config = {name: default for name, default, _ in FLAGS}
+    config.update(PRESETS[given.get('preset', config['preset'])])
+    config.update(METHODS[given.get('method', config['method'])])
+    config.update(given)
+    for name in given:
+        if name in NEEDS and config[NEEDS[name][0]] != NEEDS[name][1] or name in NEEDS and config['send'] not in ('subspace', NEEDS[name][1]):
+            fail(f'--{name} does nothing with --{NEEDS[name][0]}={config[NEEDS[name][0]]}: it needs --{NEEDS[name][0]}={NEEDS[name][1]}')
+    c = argparse.Namespace(**config)
+    for name in ('log_interval', 'eval_interval', 'eval_iters', 'batch_size', 'gradient_accumulation_steps', 'sync_every', 'timeout_s'):
+        if config[name] < 1:
+            fail(f'{name} ({config[name]}) must be at least 1: change --{name}')
+    for name in ('cp', 'warm_start', 'unplug_at', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'vocab_size', 'sample_tokens'):
+        if config[name] < 0:
+            fail(f'{name} ({config[name]}) must not be negative: change --{name}')
+    if c.send != 'subspace':
+        c.warm_start = 0
+    elif 0 < c.max_iters <= c.warm_start:
+        fail(f'warm_start ({c.warm_start}) must be below max_iters ({c.max_iters}), or nothing is ever compressed: '
+             'change --warm_start or --max_iters')
+    if c.unplug_at and c.unplug_at < c.warm_start:
+        fail(f'unplug_at ({c.unplug_at}) must not be below warm_start ({c.warm_start}): change --unplug_at or --warm_start')
+    return c, set(given)
+
+
+# -----------------------------------------------------------------------------
+# Data: every source becomes a list of one-dimensional arrays of tokens, memory-mapped
+
+def stdlib_files():
+    """Cached train.bin and val.bin of the Python standard library's source: every tenth file is validation."""
+    root = Path(sysconfig.get_path('stdlib'))
+    skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
+    files = sorted(p for p in root.rglob('*.py') if not skip & set(p.relative_to(root).parts))
+    cache = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'mos_cp'
+    paths = [cache / f'stdlib-{sys.version.split()[0]}-{split}.bin' for split in ('train', 'val')]
+    for split, path in enumerate(paths):
+        if not path.exists():
+            text = b'\n'.join(p.read_bytes() for i, p in enumerate(files) if (i % 10 == 9) == split)
+            cache.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f'.{os.getpid()}')  # every process may write it; the rename is atomic
+            np.frombuffer(text, dtype=np.uint8).astype(np.uint16).tofile(part)
+            os.replace(part, path)
+    return paths
+
+
+def read_tokens(path):
+    """
+    One file as an array of tokens: .bin with the header of the modded-nanogpt shards (256 int32: magic 20240520,
+    version 1, number of tokens) or without (nanoGPT), both uint16; anything else as bytes.
+
+    Raises ValueError if a .bin is not what its size or header says.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f'{path} is empty')
+    if path.suffix != '.bin':
+        return np.memmap(path, dtype=np.uint8, mode='r')
+    if size % 2:
+        raise ValueError(f'{path} has an odd number of bytes ({size}): it is not a file of uint16 tokens')
+    header = np.fromfile(path, dtype=np.int32, count=3)
+    if len(header) == 3 and header[0] == 20240520:
+        if header[1] != 1 or size != 1024 + 2 * header[2]:
+            raise ValueError(f'{path} has header version {header[1]} and {header[2]} tokens; expected version 1 and, '
+                             f'by the file size, {(size - 1024) // 2} tokens')
+        return np.memmap(path, dtype=np.uint16, mode='r', offset=1024)
+    return np.memmap(path, dtype=np.uint16, mode='r')
+
+
+def load_data(data, val_data=''):
+    """--data and --val_data -> (training shards, validation shards), lists of arrays. Raises ValueError."""
+    def read_all(pattern):
+        paths = sorted(glob.glob(pattern))
+        if not paths:
+            raise ValueError(f'no file matches {pattern!r}: change --data or --val_data')
+        return [read_tokens(p) for p in paths]
+    if data == 'stdlib':
+        train, val = ([read_tokens(p)] for p in stdlib_files())
+        return train, read_all(val_data) if val_data else val
+    shards = read_all(data)
+    if val_data:
+        return shards, read_all(val_data)
+    return [s[:len(s) * 9 // 10] for s in shards], [s[len(s) * 9 // 10:] for s in shards]
+
+
+def data_vocab(shards):
+    """Vocabulary of token files: the largest token + 1; 256 if any is bytes."""
+    return max(256 if s.dtype == np.uint8 else int(s.max()) + 1 for s in shards)
+
+
+def get_batch(shards, batch_size, block_size, vocab_size, rng):
+    """
+    Random windows, uniform over all starting points -> idx, targets (batch_size, block_size) int64.
+    Raises ValueError if no shard is long enough or a token is outside the vocabulary.
+    """
+    starts = np.cumsum([max(0, len(s) - block_size) for s in shards])
+    if starts[-1] == 0:
+        raise ValueError(f'the data (longest part: {max(map(len, shards))} tokens) must be longer than block_size ({block_size}): '
+                         'change --data, --val_data or --block_size')
+    rows = []
+    for position in rng.integers(starts[-1], size=batch_size):
+        shard = int(np.searchsorted(starts, position, side='right'))
+        i = position - (starts[shard - 1] if shard else 0)
+        rows.append(shards[shard][i:i + block_size + 1].astype(np.int64))
+    rows = np.stack(rows)
+    if rows.max() >= vocab_size:
+        raise ValueError(f'the data has token {rows.max()}, outside vocab_size ({vocab_size}): change --vocab_size')
+    return torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+
+
+# -----------------------------------------------------------------------------
+# The run
+
+def pick_device(wanted, local_rank, local_world_size):
+    """-> (torch.device, note or None). Exits if --device=cuda cannot be had."""
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == 'cpu' or wanted == 'auto' and n_gpus == 0:
+        return torch.device('cpu'), None
+    if n_gpus < local_world_size:
+        if wanted == 'cuda':
+            fail(f'--device=cuda needs a GPU per process: {local_world_size} processes on this machine, {n_gpus} GPUs')
+        return torch.device('cpu'), f'running on CPU: {local_world_size} processes on this machine, {n_gpus} GPUs'
+    torch.cuda.set_device(local_rank)
+    return torch.device('cuda', local_rank), None
+
+
+@torch.no_grad()
+def average(tensors):
+    """Replace tensors by their mean over all ranks."""
+    if dist.is_initialized() and tensors:
+        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
+            work.wait()
+        torch._foreach_div_(tensors, dist.get_world_size())
+
+
+def learning_rate(it, c):
+    """Linear warm-up, then cosine decay to min_lr (nanoGPT's schedule)."""
+    end = c.lr_decay_iters or c.max_iters
+    if it < c.warmup_iters:
+        return c.learning_rate * (it + 1) / (c.warmup_iters + 1)
+    if it >= end:
+        return c.min_lr
+    ratio = (it - c.warmup_iters) / max(1, end - c.warmup_iters)
+    return c.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (c.learning_rate - c.min_lr)
+
+
+def save_checkpoint(path, checkpoint):
+    """Written beside the old one and renamed: there is a whole checkpoint at every moment."""
+    temporary = path.with_suffix('.tmp')
+    torch.save(checkpoint, temporary)
+    os.replace(temporary, path)
+
+
+def main(argv=None):
+    """One training run. Returns a dict: iter_num, loss, val_loss, the log's records."""
+    c, given = parse_config(sys.argv[1:] if argv is None else argv)
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    local_rank, local_world_size = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    master = rank == 0
+    out_dir = Path(c.out_dir)
+
+    # -- everything that can be wrong is found before the first byte is sent
+    cp = c.cp or world_size
+    if world_size % cp:
+        fail(f'world size ({world_size}) must be a multiple of cp ({cp}): change --cp or --nproc_per_node')
+    dp = world_size // cp
+    if c.gradient_accumulation_steps % dp:
+        fail(f'gradient_accumulation_steps ({c.gradient_accumulation_steps}) must be a multiple of dp = world size / cp ({dp}): '
+             'change --gradient_accumulation_steps or --cp')
+    checkpoint = None
+    if c.init_from == 'resume':
+        if not (out_dir / 'ckpt.pt').exists():
+            fail(f'--init_from=resume: there is no {out_dir / "ckpt.pt"} on rank {rank}')
+        checkpoint = torch.load(out_dir / 'ckpt.pt', map_location='cpu', weights_only=True)
+        for name, saved in checkpoint['model_args'].items():
+            if name in given and getattr(c, name) != saved and not (getattr(c, name) == 0 and name in ('n_kv_head', 'n_ff')):
+                fail(f'--{name}={getattr(c, name)} differs from the checkpoint, which has {saved}')
+            setattr(c, name, saved)
+    try:
+        train_data, val_data = load_data(c.data, c.val_data)
+        c.vocab_size = c.vocab_size or (256 if c.data == 'stdlib' else data_vocab(train_data + val_data))
+        config = GPTConfig(**{name: getattr(c, name) for name in MODEL_FLAGS})
+        zigzag(config.n_chunks, cp, 0)
+        for shards in (train_data, val_data):
+            get_batch(shards, 1, c.block_size, c.vocab_size, np.random.default_rng(0))
+    except (ValueError, OSError) as e:
+        fail(e)
+    device, note = pick_device(c.device, local_rank, local_world_size)
+    if c.dtype == 'auto':
+        c.dtype = 'bfloat16' if device.type == 'cuda' else 'float32'
+    dtype = getattr(torch, c.dtype)
+
+    # -- groups: world = dp x cp; the ranks of a ring are neighbours and see the same sequences
+    ring, dp_rank = Ring(), 0
+    if world_size > 1:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(seconds=c.timeout_s),
+                                device_id=device if device.type == 'cuda' else None)
+        mesh = dist.init_device_mesh(device.type, (dp, cp), mesh_dim_names=('dp', 'cp'))
+        ring, dp_rank = Ring(mesh['cp'].get_group()), mesh['dp'].get_local_rank()
+
+    # -- model and optimizer
+    torch.manual_seed(c.seed)
+    if dtype == torch.bfloat16:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    raw_model = GPT(config, ring).to(device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    optimizer = raw_model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2), device.type)
+    iter_num, best_val_loss, seconds = 0, float('inf'), 0.0
+    if checkpoint:
+        raw_model.load_state_dict(checkpoint['model'])
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        iter_num, best_val_loss, seconds = (checkpoint[k] for k in ('iter_num', 'best_val_loss', 'seconds'))
+        torch.set_rng_state(checkpoint['rng'])
+        checkpoint = None
+    if world_size > 1:
+        for tensor in raw_model.state_dict().values():
+            dist.broadcast(tensor, 0)
+    model = raw_model
+    if c.compile:
+        kernels.fuse()
+        model = torch.compile(raw_model)
+    params = [p for p in raw_model.parameters() if p.requires_grad]
+    basis_params = [p for name, p in raw_model.named_parameters() if 'compressor' in name]
+    autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+
+    # -- what a step is
+    micro_steps = c.gradient_accumulation_steps // dp
+    tokens_per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size
+
+    def batch(shards, *seed):
+        """One batch, this rank's part of it. A function of the seed alone: resuming needs no other state."""
+        x, y = get_batch(shards, c.batch_size, c.block_size, c.vocab_size, np.random.default_rng(seed))
+        x, y = (ring.shard(t, raw_model.chunk_size) for t in (x, y))
+        if device.type == 'cuda':
+            return (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
+        return x, y
+
+    def mean_over_ranks(total, count):
+        """Sum of losses and number of terms on this rank -> the mean over all ranks."""
+        sums = torch.tensor([float(total), count], dtype=torch.float64, device=device)
+        if world_size > 1:
+            dist.all_reduce(sums)
+        return (sums[0] / sums[1]).item()
+
+    @torch.no_grad()
+    def validate():
+        """Mean loss over eval_iters fixed batches; every rank takes part, a ring cannot have idle members."""
+        losses = []
+        for k in range(dp_rank, c.eval_iters, dp):
+            with autocast:
+                losses.append(model(*batch(val_data, 1, k))[1].item())
+        return mean_over_ranks(sum(losses), len(losses))
+
+    def start_bases():
+        """The end of the warm start: every subspace begins in principal directions."""
+        with autocast:
+            moments = raw_model.basis_moments(batch(train_data, 0, c.seed, iter_num, dp_rank)[0]
+                                              if c.warm_basis == 'activations' else None)
+        average(moments)
+        raw_model.set_bases(moments)
+
+    def say(text):
+        if master:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    log_file = None
+    if master:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        log_file = open(out_dir / 'log.jsonl', 'a' if c.init_from == 'resume' else 'w', buffering=1)
+    records = []
+
+    def write(record):
+        records.append(record)
+        if master:
+            log_file.write(json.dumps(record) + '\n')
+
+    if note:
+        say(note)
+    say('\n'.join(f'{name} = {getattr(c, name)}' for name, _, _ in FLAGS))
+    say(f'{raw_model.get_num_params() / 1e6:.2f}M parameters; {world_size} process(es) = dp {dp} x cp {cp} on {device.type}; '
+        f'block attention by {kernels.attention_backend(device.type, dtype, config.head_dim)}; '
+        f'{tokens_per_iter:,} tokens per iteration')
+
+    # -- the loop
+    meter, itemsize, first_iter = ring.meter, dtype.itemsize, iter_num
+    full_bytes = sum(sum(m.wire_bytes(c.block_size // cp, itemsize, 'full')) for m in raw_model.compressors)
+    full_bytes *= (cp - 1) * c.batch_size * micro_steps  # what this rank would receive in one iteration
+    received, timed, loss, val_loss = 0, (iter_num, seconds), None, None
+    bar = tqdm(total=c.max_iters, initial=iter_num, disable=not (master and sys.stderr.isatty()))
+    while True:
+        # the compressor's life: warm start (off), on, unplugged (off)
+        warm = iter_num < c.warm_start
+        raw_model.set_compression(not warm and not (c.unplug_at and iter_num >= c.unplug_at))
+        if iter_num == c.warm_start > 0 and not c.eval_only:
+            raw_model.set_compression(False)
+            start_bases()
+            raw_model.set_compression(True)
+        record = {'iter': iter_num}
+
+        if iter_num % c.eval_interval == 0 or iter_num >= c.max_iters or c.eval_only:
+            if c.sync_every > 1:  # one model, not one per rank, is validated and saved
+                average(params + [t for state in optimizer.state.values() for t in state.values() if t.dim()])
+            val_loss = record['val_loss'] = validate()
+            say(f'iter {iter_num}: val loss {val_loss:.4f}')
+            best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
+            if master and not c.eval_only and iter_num > first_iter and (best or c.always_save_checkpoint):
+                save_checkpoint(out_dir / 'ckpt.pt', {
+                    'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
+                    'model_args': {name: getattr(c, name) for name in MODEL_FLAGS}, 'iter_num': iter_num,
+                    'best_val_loss': best_val_loss, 'seconds': seconds, 'rng': torch.get_rng_state()})
+
+        if iter_num >= c.max_iters or c.eval_only:
+            write(record)
+            break
+
+        start = time.perf_counter()
+        meter.reset()
+        lr = learning_rate(iter_num, c)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        loss = 0.0
+        for micro in range(micro_steps):
+            x, y = batch(train_data, 0, c.seed, iter_num, micro * dp + dp_rank)
+            with autocast:
+                micro_loss = model(x, y)[1] / micro_steps
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        # With sync_every > 1 the ranks' weights drift apart, but sender and receiver must share one basis
+        average([p.grad for p in (params if c.sync_every == 1 else basis_params) if p.grad is not None])
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip or float('inf'))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if c.sync_every > 1 and (iter_num + 1) % c.sync_every == 0:
+            average(params)
+        iter_num += 1
+        bar.update()
+        received += meter.received_fwd + meter.received_bwd
+
+        logging = record['iter'] % c.log_interval == 0 or iter_num == c.max_iters
+        if logging:
+            loss = mean_over_ranks(loss, 1)
+        seconds += time.perf_counter() - start
+        if logging:
+            dt = (seconds - timed[1]) / (iter_num - timed[0])
+            timed = iter_num, seconds
+            compression = 1 - (meter.received_fwd + meter.received_bwd) / full_bytes if full_bytes else None
+            record.update(loss=loss, lr=lr, grad_norm=grad_norm.item(), tokens=iter_num * tokens_per_iter,
+                          seconds=round(seconds, 3), sent_fwd=meter.sent_fwd, sent_bwd=meter.sent_bwd,
+                          received_fwd=meter.received_fwd, received_bwd=meter.received_bwd, compression=compression)
+            local_tokens = tokens_per_iter / world_size
+            say(f'iter {record["iter"]}: loss {loss:.4f}, time {dt * 1000:.0f}ms, {tokens_per_iter / dt:,.0f} tok/s, wire '
+                f'{meter.received_fwd / local_tokens:.0f} fwd + {meter.received_bwd / local_tokens:.0f} bwd B/token'
+                + (f', compression {compression:.1%}' if full_bytes else ' (one process)'))
+        if len(record) > 1:
+            write(record)
+    bar.close()
+
+    # -- what it came to
+    n_iters = iter_num - first_iter
+    if n_iters:
+        say(f'{n_iters} iterations, {n_iters * tokens_per_iter:,} tokens in {seconds:.0f}s; final loss {loss:.4f}, val loss {val_loss:.4f}')
+        if full_bytes:
+            gradients = sum(p.numel() * p.element_size() for p in (params if c.sync_every == 1 else basis_params))
+            say(f'received by rank 0 over the ring: {received / 1e6:,.1f} MB, uncompressed it would be {n_iters * full_bytes / 1e6:,.1f} MB; '
+                f'besides, {gradients / 1e6:.1f} MB of gradients are all-reduced per iteration')
+        if device.type == 'cuda':
+            say(f'peak memory on rank 0: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB')
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if master and c.sample_tokens and not c.eval_only:
+        if c.vocab_size != 256:
+            say('no sample: --prompt is bytes, and the vocabulary is not')
+        else:
+            prompt = torch.tensor([list(c.prompt.encode() or b'\n')], device=device)
+            with autocast:
+                sample = raw_model.generate(prompt, c.sample_tokens, temperature=0.8, top_k=50)[0]
+            say('--- sample\n' + bytes(sample.tolist()).decode(errors='replace'))
+    return {'iter_num': iter_num, 'loss': loss, 'val_loss': val_loss, 'records': records, 'model': raw_model}
+
+
+if __name__ == '__main__':
+    main()
