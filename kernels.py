@@ -175,9 +175,13 @@ def rotate_basis(theta, U0, AU0, AAU0):
     return U0 + first + second / 2
 
 
-def compress(z, U, n_chunks):
-    """Z_comp = Z U. z: (B, T, d); U: (d, r), or (B, c, d, r) with one basis per chunk -> (B, T, r)."""
-    return (z.unflatten(1, (n_chunks, -1)) @ U.to(z.dtype)).flatten(1, 2)
+def compress(zs, U, n_chunks):
+    """
+    Z_comp = Z U. zs: tensors (B, T, d_i) that stand side by side in Z, [K, V] or one of them, not concatenated
+    because autograd would keep the copy; U: (sum d_i, r), or (B, c, sum d_i, r), a basis per chunk -> (B, T, r).
+    """
+    parts = U.split([z.shape[-1] for z in zs], dim=-2)
+    return sum(z.unflatten(1, (n_chunks, -1)) @ part.to(z.dtype) for z, part in zip(zs, parts)).flatten(1, 2)
 
 
 def expand(z, U, n_chunks):

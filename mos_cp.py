@@ -104,6 +104,13 @@ class GPTConfig:
 # -----------------------------------------------------------------------------
 # The compressor
 
+def second_moment(z):
+    """sum_t z_t z_t^T of the columns of z (d, n) -> (d, d), in float32 at least."""
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.to(kernels.accumulation_dtype(z.dtype))
+        return z @ z.T
+
+
 def principal_directions(moment, n):
     """
     Top n eigenvectors of a second moment sum_t z_t z_t^T (d, d) -> (d, n), orthonormal, each with its
@@ -126,7 +133,7 @@ class Subspace(nn.Module):
     def __init__(self, d, r, config, rng):
         super().__init__()
         self.config, k = config, config.n_generators
-        U0 = torch.linalg.qr(torch.randn(d, r, generator=rng))[0]
+        U0 = torch.linalg.qr(torch.randn(d, r, generator=rng))[0].contiguous()
         self.learned, self.rotated = config.basis == 'learned', config.basis == 'rotated'
         if self.learned:
             self.U0 = nn.Parameter(U0)
@@ -169,15 +176,18 @@ class Subspace(nn.Module):
             self.AU0.copy_(self.A @ self.U0)
             self.AAU0.copy_(torch.einsum('lde,mer->lmdr', self.A, self.AU0))
 
-    def theta(self, z, n_chunks):
-        """How far to rotate, from the mean of each chunk. z: (B, T, d) -> (B, c, k), radians."""
-        theta = self.psi(z.unflatten(1, (n_chunks, -1)).mean(dim=2)).to(z.dtype)
-        clip = self.config.theta_clip
+    def theta(self, zs, n_chunks):
+        """How far to rotate, from the mean of each chunk. zs: tensors (B, T, d_i) that make up Z -> (B, c, k), radians."""
+        mean = torch.cat([z.unflatten(1, (n_chunks, -1)).mean(dim=2) for z in zs], dim=-1)  # (B, c, d)
+        theta, clip = self.psi(mean).to(mean.dtype), self.config.theta_clip
         return theta.clamp(-clip, clip) if clip else theta
 
     def basis(self, theta):
         """U(theta) = R(theta) U0. theta: (B, c, k) -> (B, c, d, r)."""
-        theta = theta.to(self.U0.dtype)
+        with torch.autocast(theta.device.type, enabled=False):  # sender and receiver must find the same U
+            return self._basis(theta.to(self.U0.dtype))
+
+    def _basis(self, theta):
         if self.config.exp == 'taylor':
             return kernels.rotate_basis(theta, self.U0, self.AU0, self.AAU0)
         if self.config.generator == 'principal':
@@ -226,9 +236,13 @@ class Compressor(nn.Module):
     def n_chunks(self, n_tokens):
         return n_tokens * self.config.n_chunks // self.config.block_size
 
-    def _stack(self, k, v):
-        """Keys and values as the subspaces see them: [K, V] side by side, or apart."""
-        return [torch.cat((k, v), dim=-1)] if self.config.joint_kv else [k, v]
+    def group(self, k, v):
+        """Keys and values as the subspaces see them: both in one, or one each."""
+        return [(k, v)] if self.config.joint_kv else [(k,), (v,)]
+
+    def bases(self, theta):
+        """The basis of each subspace: U(theta) (B, c, d, r) where it is rotated, else U0 (d, r)."""
+        return [s.basis(t) for s, t in zip(self.subspaces, theta)] if theta else [s.U0 for s in self.subspaces]
 
     def compress(self, k, v):
         """k, v: (B, T, d) before RoPE -> the payload, a tuple of tensors (B, T, ...) and (B, chunks, ...)."""
@@ -241,11 +255,9 @@ class Compressor(nn.Module):
             where = [t.abs().topk(n, dim=-1).indices for t in (k, v)]
             index_dtype = torch.int16 if k.shape[-1] <= 2**15 else torch.int32
             return (*(t.gather(-1, i) for t, i in zip((k, v), where)), *(i.to(index_dtype) for i in where))
-        c, stacked = self.n_chunks(k.shape[1]), self._stack(k, v)
-        if self.config.basis != 'rotated':
-            return tuple(kernels.compress(z, s.U0, c) for s, z in zip(self.subspaces, stacked))
-        theta = [s.theta(z, c) for s, z in zip(self.subspaces, stacked)]
-        return (*(kernels.compress(z, s.basis(t), c) for s, z, t in zip(self.subspaces, stacked, theta)), *theta)
+        c, groups = self.n_chunks(k.shape[1]), self.group(k, v)
+        theta = [s.theta(zs, c) for s, zs in zip(self.subspaces, groups) if s.rotated]
+        return (*(kernels.compress(zs, U, c) for zs, U in zip(groups, self.bases(theta))), *theta)
 
     def expand(self, payload, params, cos, sin):
         """
@@ -260,8 +272,7 @@ class Compressor(nn.Module):
             return kernels.to_heads(k, v, cos, sin)
         n = len(self.subspaces)
         latents, theta = payload[:n], payload[n:]
-        bases = [s.basis(t) for s, t in zip(self.subspaces, theta)] if theta else params or [s.U0 for s in self.subspaces]
-        return kernels.expand_to_heads(latents, bases, cos, sin, self.n_chunks(cos.shape[0]))
+        return kernels.expand_to_heads(latents, params or self.bases(theta), cos, sin, self.n_chunks(cos.shape[0]))
 
     def pack(self, payload):
         """int4: to 4 bits with one scale a head and token, two to a byte. Else the payload as it is."""
@@ -318,13 +329,12 @@ class Attention(nn.Module):
         self.compressor = Compressor(config, layer)
         self.moments = None  # a list while GPT.basis_moments collects
 
-    def forward(self, x, ring, cos, sin):
-        """x: (B, T, n_embd), this rank's tokens; cos, sin: (block_size, hd/2) for all positions."""
+    def forward(self, x, ring, cos, sin, here):
+        """x: (B, T, n_embd), this rank's tokens; cos, sin: (block_size, hd/2), all positions; here: those of x, (T,)."""
         comp, chunk_size = self.compressor, self.config.block_size // self.config.n_chunks
-        here = ring.positions(x.shape[1], chunk_size, x.device)
         q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)  # (B, T, n_embd), (B, T, d), (B, T, d)
         if self.moments is not None:
-            self.moments += [z.flatten(0, 1).float().T @ z.flatten(0, 1).float() for z in comp._stack(k, v)]
+            self.moments += [second_moment(torch.cat(zs, dim=-1).flatten(0, 1).T) for zs in comp.group(k, v)]
         payload = comp.compress(k, v)
         k, v = kernels.to_heads(k, v, cos[here], sin[here])  # (B, Hkv, T, hd): exact, for the local chunks
         q = kernels.rope(q.unflatten(-1, (-1, self.config.head_dim)), cos[here], sin[here]).transpose(1, 2)  # (B, H, T, hd)
@@ -353,8 +363,8 @@ class Block(nn.Module):
         self.ln_1, self.attn = nn.RMSNorm(config.n_embd, eps=1e-5), Attention(config, layer)
         self.ln_2, self.mlp = nn.RMSNorm(config.n_embd, eps=1e-5), MLP(config)
 
-    def forward(self, x, ring, cos, sin):
-        x = x + self.attn(self.ln_1(x), ring, cos, sin)
+    def forward(self, x, *where):
+        x = x + self.attn(self.ln_1(x), *where)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -401,9 +411,10 @@ class GPT(nn.Module):
             if world_size > 1:
                 raise ValueError(f'shard length ({n}) must be a multiple of block_size / n_chunks ({self.chunk_size})')
             idx = F.pad(idx, (0, self.chunk_size - n % self.chunk_size))  # in the future of every real token
+        here = self.ring.positions(idx.shape[1], self.chunk_size, idx.device)
         x = self.wte(idx)  # (B, T, n_embd)
         for block in self.h:
-            x = block(x, self.ring, self.cos, self.sin)
+            x = block(x, self.ring, self.cos, self.sin, here)
         logits = self.lm_head(self.ln_f(x))[:, :n]  # (B, T, vocab_size)
         loss = None
         if targets is not None:
@@ -432,9 +443,8 @@ class GPT(nn.Module):
             self(idx)
         for attn in (block.attn for block in self.h):
             if idx is None:
-                attn.moments = [W.float() @ W.float().T for W in
-                                ([torch.cat((attn.c_k.weight, attn.c_v.weight))] if self.config.joint_kv
-                                 else [attn.c_k.weight, attn.c_v.weight])]
+                weights = attn.compressor.group(attn.c_k.weight, attn.c_v.weight)  # W^T, (d, n_embd)
+                attn.moments = [second_moment(torch.cat(ws)) for ws in weights]
             moments += attn.moments if len(attn.compressor.subspaces) else []
             attn.moments = None
         return moments

@@ -40,6 +40,7 @@ def zigzag(n_chunks, world_size, rank):
     return [*front, *back]
 
 
+@torch.compiler.disable
 @functools.lru_cache(maxsize=None)
 def token_positions(n_tokens, chunk_size, world_size, rank, device):
     """Global positions (n_tokens / world_size,) of the tokens that `rank` holds, in its local order."""

@@ -385,8 +385,11 @@ def main(argv=None):
         x, y = get_batch(shards, c.batch_size, c.block_size, c.vocab_size, np.random.default_rng(seed))
         x, y = (ring.shard(t, raw_model.chunk_size) for t in (x, y))
         if device.type == 'cuda':
-            return (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
+            x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
         return x, y
+
+    def train_batch(micro):
+        return batch(train_data, 0, c.seed, iter_num, micro * dp + dp_rank)
 
     def mean_over_ranks(total, count):
         """Sum of losses and number of terms on this rank -> the mean over all ranks."""
@@ -405,10 +408,13 @@ def main(argv=None):
         return mean_over_ranks(sum(losses), len(losses))
 
     def start_bases():
-        """The end of the warm start: every subspace begins in principal directions."""
-        with autocast:
-            moments = raw_model.basis_moments(batch(train_data, 0, c.seed, iter_num, dp_rank)[0]
-                                              if c.warm_basis == 'activations' else None)
+        """The end of the warm start: every subspace begins in principal directions, of this iteration's batch."""
+        if c.warm_basis == 'weights':
+            moments = raw_model.basis_moments()
+        else:
+            with autocast:
+                moments = [raw_model.basis_moments(train_batch(micro)[0]) for micro in range(micro_steps)]
+            moments = [sum(ms) for ms in zip(*moments)]
         average(moments)
         raw_model.set_bases(moments)
 
@@ -474,7 +480,7 @@ def main(argv=None):
             group['lr'] = lr
         loss = 0.0
         for micro in range(micro_steps):
-            x, y = batch(train_data, 0, c.seed, iter_num, micro * dp + dp_rank)
+            x, y = train_batch(micro)
             with autocast:
                 micro_loss = model(x, y)[1] / micro_steps
             micro_loss.backward()

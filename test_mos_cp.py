@@ -1,0 +1,676 @@
+"""
+Tests. The oracle is one process with one dense softmax in float64, differentiated by autograd; every
+parallel path must equal it on every rank. Checks that need several processes run in one spawn per world
+size (gloo, CPU); `pytest -k "world_size and 2"`-style selection works on their names.
+"""
+import json
+import subprocess
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import kernels
+import mos_cp
+import ring as ring_module
+import train
+from mos_cp import GPT, GPTConfig
+from ring import Ring, ring_attention, same, visible, zigzag
+
+
+def relative_error(a, b):
+    """|a - b| / |b|, and 0 for two empty or zero tensors."""
+    difference = (a - b).norm().item()
+    return difference / b.norm().item() if difference else 0.0
+
+
+def assert_close(a, b, what, tolerance=1e-10):
+    assert a.shape == b.shape, f'{what}: {tuple(a.shape)} != {tuple(b.shape)}'
+    assert relative_error(a, b) < tolerance, f'{what}: relative error {relative_error(a, b):.2e}'
+
+
+# -----------------------------------------------------------------------------
+# The oracle
+
+def dense_attention(q, payload, expand, params=(), local_kv=None, *, ring, chunk_size, causal=True, keep=True,
+                    pack=same, unpack=same):
+    """`ring_attention` on one process: all scores at once, one mask, one softmax, gradients by autograd."""
+    t = torch.arange(q.shape[2])
+    past = t[:, None] >= t if causal else torch.ones(len(t), len(t), dtype=torch.bool)
+    own = t[:, None] // chunk_size == t // chunk_size
+    blocks = []
+    if local_kv:
+        blocks.append((*local_kv, past & own))
+    if payload:
+        travelled = unpack(pack(payload))  # straight-through: the value of what travelled, the gradient of what was sent
+        payload = [p + (w - p).detach() if p.is_floating_point() else p for p, w in zip(payload, travelled)]
+        blocks.append((*expand(payload, params, t), past & ~own if local_kv else past))
+    groups = q.shape[1] // blocks[0][0].shape[1]
+    scores = torch.cat([(q @ k.repeat_interleave(groups, 1).transpose(2, 3)).masked_fill(~mask, float('-inf'))
+                        for k, _, mask in blocks], dim=-1) / q.shape[-1] ** 0.5
+    return scores.softmax(-1) @ torch.cat([v.repeat_interleave(groups, 1) for _, v, _ in blocks], dim=2)
+
+
+# -----------------------------------------------------------------------------
+# Checks that run on every rank of a ring. Each takes the ring and raises if something is off.
+
+CHECKS = {}
+
+
+def check(f):
+    CHECKS[f.__name__] = f
+    return f
+
+
+def attention_case(ring, n_chunks, n_head, n_kv_head, causal, exact_local, keep, dtype=torch.float64):
+    """One random ring attention with positions, a shared weight and a second, coarser payload tensor."""
+    g = torch.Generator().manual_seed(0)
+    B, hd, L = 2, 8, 4
+    T = n_chunks * L
+
+    def random(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+    q, k, v, dout = (random(B, h, T, hd) for h in (n_head, n_kv_head, n_kv_head, n_head))
+    latent, per_chunk, weight = random(B, T, 5), random(B, n_chunks, 1), random(5, 2 * n_kv_head * hd)
+    angle = torch.outer(torch.arange(T).double(), 0.7 ** torch.arange(hd // 2))
+
+    def expand(payload, params, positions):
+        z, s = payload
+        kv = z.unflatten(1, (s.shape[1], -1)) * s[:, :, None] @ params[0].to(z.dtype)  # (B, c, L, 2 * Hkv * hd)
+        return kernels.to_heads(*kv.flatten(1, 2).chunk(2, -1), angle[positions].cos(), angle[positions].sin())
+
+    def run(attention, ring, mine):
+        def leaf(x, dim):
+            return (x if mine is None else x.index_select(dim, mine if x.shape[dim] == T else my_chunks)).to(dtype).requires_grad_()
+        my_chunks = torch.tensor(zigzag(n_chunks, ring.world_size, ring.rank))
+        tensors = [leaf(q, 2), leaf(k, 2), leaf(v, 2), leaf(latent, 1), leaf(per_chunk, 1), weight.clone().requires_grad_()]
+        out = attention(tensors[0], tuple(tensors[3:5]), expand, (tensors[5],), tuple(tensors[1:3]) if exact_local else None,
+                        ring=ring, chunk_size=L, causal=causal, keep=keep)
+        used = tensors if exact_local else [tensors[0], *tensors[3:]]
+        return out, torch.autograd.grad(out, used, leaf(dout, 2).detach())
+
+    mine = ring.positions(T // ring.world_size, L, 'cpu')
+    expected_out, expected = run(dense_attention, Ring(), None)
+    out, found = run(ring_attention, ring, mine)
+    if ring.world_size > 1:  # dweight: every rank has the share of its own queries
+        dist.all_reduce(found[-1], group=ring.group)
+    my_chunks = torch.tensor(zigzag(n_chunks, ring.world_size, ring.rank))
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    assert out.dtype == dtype
+    assert_close(out.double(), expected_out[:, :, mine], 'out', tolerance)
+    names = ['dq', *(['dk', 'dv'] if exact_local else []), 'dlatent', 'dper_chunk', 'dweight']
+    for name, a, b in zip(names, found, expected):
+        if name != 'dweight':
+            b = b.index_select(*((1, my_chunks) if name == 'dper_chunk' else (1 if name == 'dlatent' else 2, mine)))
+        assert_close(a.double(), b, name, tolerance)
+
+
+@check
+def ring_equals_dense(ring):
+    for chunks_per_rank in (2, 4):
+        for n_head, n_kv_head in ((3, 3), (3, 1), (4, 2)):
+            for causal in (True, False):
+                for exact_local in (True, False):
+                    for keep in (True, False):
+                        attention_case(ring, chunks_per_rank * ring.world_size, n_head, n_kv_head, causal, exact_local, keep)
+
+
+@check
+def ring_equals_dense_in_low_precision(ring):
+    for dtype in (torch.float32, torch.bfloat16):
+        attention_case(ring, 2 * ring.world_size, 3, 3, True, True, True, dtype)
+
+
+@check
+def broken_code_fails_the_oracle(ring):
+    """The oracle can fail: break the backward, the ring or the positions, and see it."""
+    if ring.world_size != 2:
+        return
+    backward, exchange, positions, see = kernels.attention_backward, Ring.exchange, Ring.positions, ring_module.visible
+
+    def swapped(*args):
+        dq, dk, dv = backward(*args)
+        return dq, dv, dk
+
+    def lost_gradient(self, tensors, to, source, phase):
+        wait = exchange(self, tensors, to, source, phase)
+        return (lambda: [torch.zeros_like(t) for t in wait()]) if phase == 'bwd' else wait
+
+    def shifted(self, n_local, chunk_size, device, rank=None):
+        return positions(self, n_local, chunk_size, device, rank) + (rank not in (None, self.rank))
+
+    def dropped(mine, theirs, same_block, exact_local, causal):
+        return see(mine, theirs, same_block, exact_local, causal) if same_block else []
+
+    for owner, name, broken in ((kernels, 'attention_backward', swapped), (Ring, 'exchange', lost_gradient),
+                                (Ring, 'positions', shifted), (ring_module, 'visible', dropped)):
+        intact = getattr(owner, name)
+        setattr(owner, name, broken)
+        try:
+            attention_case(ring, 4, 3, 3, True, True, True)
+        except AssertionError as e:
+            assert 'relative error' in str(e)
+        else:
+            raise RuntimeError(f'nobody noticed the broken {name} ({broken.__name__})')
+        finally:
+            setattr(owner, name, intact)
+
+
+OPTIONS = [  # what a model can send
+    dict(send='full'), dict(send='local'), dict(send='int4'), dict(send='topk', topk=0.3), dict(send='topk', exact_local=False),
+    dict(send='int4', exact_local=False),
+    dict(), dict(compress_last=False), dict(joint_kv=False), dict(exact_local=False), dict(basis='fixed'),
+    dict(basis='fixed', joint_kv=False, exact_local=False),
+    dict(basis='rotated'), dict(basis='rotated', joint_kv=False, exact_local=False, compress_last=False),
+    dict(basis='rotated', generator='spectral', n_generators=3), dict(basis='rotated', generator='spectral', exp='exact', n_generators=2),
+    dict(basis='rotated', generator='principal', exp='exact', n_generators=2), dict(basis='rotated', generator='principal', theta_clip=0.0),
+]
+
+
+def small_model(ring=None, **options):
+    """A float64 GPT with odd head counts, grouped keys and a rotation that does something."""
+    config = GPTConfig(**{**dict(block_size=32, n_chunks=8, n_layer=2, n_head=3, n_kv_head=1, n_embd=48, vocab_size=50,
+                                 rank_k=0.2, rank_v=0.2), **options})
+    torch.manual_seed(0)
+    model = GPT(config, ring).double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(100 if 'psi' in name else 3 if p.dim() == 2 and 'compressor' not in name else 1)
+    return model
+
+
+def train_steps(model, n_steps, dense=False):
+    """-> the losses, the first gradients, and how far the parameters moved: each averaged over the ring."""
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+    before = [p.detach().clone() for p in model.parameters()]
+    g, losses, gradients = torch.Generator().manual_seed(1), [], None
+    for _ in range(n_steps):
+        idx, targets = torch.randint(50, (2, 2, 32), generator=g)
+        idx, targets = (model.ring.shard(t, model.chunk_size) for t in (idx, targets))
+        mos_cp.ring_attention = dense_attention if dense else ring_attention
+        try:
+            loss = model(idx, targets)[1]
+            loss.backward()
+        finally:
+            mos_cp.ring_attention = ring_attention
+        mean_loss = loss.detach().clone()
+        if model.ring.world_size > 1:
+            train.average([mean_loss, *(p.grad for p in model.parameters())])
+        losses.append(mean_loss)
+        gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name: p.detach() - b for (name, p), b in zip(model.named_parameters(), before)}
+    return torch.stack(losses), gradients, moved
+
+
+@check
+def model_equals_dense_model(ring):
+    for options in OPTIONS:
+        try:
+            expected = train_steps(small_model(**options), 3, dense=True)
+            found = train_steps(small_model(ring, **options), 3)
+            assert_close(found[0], expected[0], 'losses')
+            for what, a, b in (('gradient', found[1], expected[1]), ('movement', found[2], expected[2])):
+                for name in b:
+                    assert b[name].norm() > 0, f'{what} of {name} is zero'
+                    assert_close(a[name], b[name], f'{what} of {name}', 1e-8)
+        except AssertionError as e:
+            raise AssertionError(f'{options}: {e}') from e
+
+
+@check
+def meter_equals_formula(ring):
+    """Bytes and hops per step, counted where tensors are handed over, against the formula, written out."""
+    B, T, hops = 2, 32 // ring.world_size, ring.world_size - 1
+    d, c = 16, 8 // ring.world_size  # one key head of 16, chunks a rank
+    expected = {  # bytes of float64 per layer and hop, forward and backward
+        'full': (2 * d * T * 8, 4 * d * T * 8), 'local': (0, 0), 'topk': (2 * 5 * T * (8 + 2), 2 * 5 * T * 8),
+        'int4': (2 * (d // 2 + 8) * T, 2 * d * T * 8), 'subspace': (6 * T * 8, 6 * T * 8),
+        'rotated': (2 * (3 * T + 2 * c) * 8, 2 * (3 * T + 2 * c) * 8)}
+    for kind, (fwd, bwd) in expected.items():
+        options = dict(basis='rotated', joint_kv=False, n_generators=2) if kind == 'rotated' else dict(send=kind)
+        model = small_model(ring, topk=0.3, **options)
+        idx = ring.shard(torch.zeros(B, 32, dtype=torch.int64), model.chunk_size)
+        ring.meter.reset()
+        model(idx, idx)[1].backward()
+        m = ring.meter
+        assert (m.sent_fwd, m.sent_bwd) == (m.received_fwd, m.received_bwd) == (2 * B * hops * fwd, 2 * B * hops * bwd), (kind, m)
+        assert tuple(B * x for x in model.compressors[0].wire_bytes(T, 8)) == (B * fwd, B * bwd), kind
+        n = 0 if kind == 'local' else 2 * hops  # exchanges: one a layer and hop
+        assert (m.hops_fwd, m.hops_bwd) == (n, 2 * n if kind == 'full' else n), (kind, m)
+    if hops:  # the default ranks, at the default width
+        sent = {}
+        for send in ('full', 'subspace'):
+            model = GPT(GPTConfig(block_size=64, n_chunks=8, n_layer=2, send=send), ring)
+            idx = ring.shard(torch.zeros(1, 64, dtype=torch.int64), model.chunk_size)
+            ring.meter.reset()
+            model(idx, idx)[1].backward()
+            sent[send] = ring.meter.sent_fwd, ring.meter.sent_bwd
+        assert all(ours < 0.05 * full for ours, full in zip(sent['subspace'], sent['full'])), sent
+
+
+@check
+def warm_start_agrees_over_ranks(ring):
+    """Moments summed over ranks are those of one process; the bases they give are the same subspaces."""
+    idx = torch.randint(50, (2, 32), generator=torch.Generator().manual_seed(1))
+    model, alone = small_model(ring), small_model()
+    moments = model.basis_moments(ring.shard(idx, model.chunk_size))
+    if ring.world_size > 1:
+        for m in moments:
+            dist.all_reduce(m)
+    expected = alone.basis_moments(idx)
+    for i, (a, b) in enumerate(zip(moments, expected)):
+        assert_close(a, b, f'moment {i}')
+    for a, b in zip(model.basis_moments(), alone.basis_moments()):
+        assert_close(a, b, 'moment of the weights')
+
+
+def run_checks(rank, world_size, folder):
+    torch.set_num_threads(1)
+    ring = Ring()
+    if world_size > 1:
+        dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=world_size,
+                                timeout=timedelta(seconds=60))
+        ring = Ring(dist.group.WORLD)
+    results = {}
+    for name, f in CHECKS.items():
+        try:
+            f(ring)
+            results[name] = 'ok'
+        except Exception:
+            results[name] = traceback.format_exc()
+        Path(folder, f'{rank}.json').write_text(json.dumps(results))
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope='session')
+def check_results(tmp_path_factory):
+    """world_size -> the results of every rank; each world size is spawned once."""
+    cache = {}
+
+    def results(world_size):
+        if world_size not in cache:
+            folder = tmp_path_factory.mktemp(f'world{world_size}')
+            mp.spawn(run_checks, (world_size, str(folder)), nprocs=world_size)
+            cache[world_size] = [json.loads((folder / f'{r}.json').read_text()) for r in range(world_size)]
+        return cache[world_size]
+    return results
+
+
+@pytest.mark.parametrize('name', CHECKS)
+@pytest.mark.parametrize('world_size', (1, 2, 4))
+def test_on_every_rank(check_results, world_size, name):
+    for rank, results in enumerate(check_results(world_size)):
+        assert results.get(name) == 'ok', f'rank {rank}: {results.get(name)}'
+
+
+
+# -----------------------------------------------------------------------------
+# The layout
+
+@pytest.mark.parametrize('world_size, per_rank', ((1, 3), (2, 2), (2, 4), (3, 2), (4, 4)))
+def test_zigzag_shares_chunks_and_causal_work_evenly(world_size, per_rank):
+    n = world_size * per_rank
+    held = [zigzag(n, world_size, r) for r in range(world_size)]
+    assert sorted(sum(held, [])) == list(range(n))
+    assert all(chunks == sorted(chunks) for chunks in held)
+    assert len({sum(2 * c + 1 for c in chunks) for chunks in held}) == 1  # chunk c: c blocks below the diagonal, half on it
+
+
+@pytest.mark.parametrize('causal', (True, False))
+@pytest.mark.parametrize('exact_local', (True, False))
+def test_visible_covers_each_pair_of_chunks_once(causal, exact_local):
+    P, n = 3, 12
+    for r in range(P):
+        for source in range(P):
+            mine, theirs = zigzag(n, P, r), zigzag(n, P, source)
+            seen = {}
+            for queries, keys, masked in visible(mine, theirs, r == source, exact_local, causal):
+                for i, a in enumerate(mine[queries]):
+                    for j, b in enumerate(theirs[keys]):
+                        if not (masked and j > i):
+                            seen[a, b] = seen.get((a, b), 0) + 1
+            expected = {(a, b): 1 for a in mine for b in theirs if (b <= a or not causal) and not (exact_local and a == b)}
+            assert seen == expected
+
+
+# -----------------------------------------------------------------------------
+# The arithmetic
+
+@pytest.mark.parametrize('causal', (True, False))
+def test_attention_backends_agree(causal):
+    q, k, v, dout = (torch.randn(2, 3, 10, 8, dtype=torch.float64) for _ in range(4))
+    out, lse = kernels._math_forward(q, k, v, causal)
+    for a, b in zip(kernels.attention_forward(q, k, v, causal), (out, lse)):
+        assert_close(a, b, 'forward')
+    for a, b in zip(kernels.attention_backward(dout, q, k, v, out, lse, causal), kernels._math_backward(dout, q, k, v, out, lse, causal)):
+        assert_close(a, b, 'backward')
+
+
+def test_merge_does_not_overflow():
+    out, lse = kernels.merge(torch.ones(1, 1, 2, 4), torch.tensor([[[1e4, -1e4]]]), 3 * torch.ones(1, 1, 2, 4), torch.tensor([[[-1e4, -1e4]]]))
+    assert out[0, 0, :, 0].tolist() == pytest.approx([1, 2], rel=1e-3) and lse[0, 0, 0] == 1e4
+
+
+def test_rope_depends_on_distance_alone():
+    angle = torch.outer(torch.arange(20).double(), torch.tensor([1.0, 0.1], dtype=torch.float64))
+    q, k = torch.randn(2, 1, 1, 1, 4, dtype=torch.float64)
+
+    def score(t, s):
+        return (kernels.rope(q, angle[[t]].cos(), angle[[t]].sin()) * kernels.rope(k, angle[[s]].cos(), angle[[s]].sin())).sum()
+    assert_close(score(7, 3), score(19, 15), 'score')
+    assert relative_error(score(7, 3), score(7, 4)) > 1e-3
+
+
+# -----------------------------------------------------------------------------
+# The compressor
+
+@pytest.mark.parametrize('generator', mos_cp.CHOICES['generator'])
+@pytest.mark.parametrize('k', (1, 3))
+def test_rotation(generator, k):
+    """exact stays orthonormal and moves; taylor is within |M|^3 / 6 of it; the generators have norm 1."""
+    d, r, B, c = 24, 3, 2, 4
+    theta = 0.5 * (2 * torch.rand(B, c, k, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 1)
+    U = {}
+    for exp in ('exact', 'taylor'):
+        config = GPTConfig(basis='rotated', generator=generator, n_generators=k, exp=exp, rank_k=0.01, rank_v=0.02)
+        s = mos_cp.Subspace(d, r, config, torch.Generator().manual_seed(0)).double()
+        s.set_basis(torch.linalg.qr(torch.randn(d, s.n_directions, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0])
+        U[exp] = s.basis(theta)  # (B, c, d, r)
+    assert_close(U['exact'].mT @ U['exact'], torch.eye(r).double().expand(B, c, r, r), 'U^T U')
+    assert relative_error(U['exact'], s.U0.expand(B, c, d, r)) > 0.01
+    if generator == 'principal':
+        A = torch.stack([Ul @ s.U0.T - s.U0 @ Ul.T for Ul in s.AU0])
+    else:
+        A = s.A
+        norms = torch.linalg.matrix_norm(A, 'fro' if generator == 'frobenius' else 2)
+        assert_close(norms, torch.ones(k, dtype=torch.float64), 'norm of A', 1e-6)  # drawn in float32
+        assert_close(A.mT, -A, 'A^T')
+    assert_close(U['exact'], torch.linalg.matrix_exp(torch.einsum('bcl,lde->bcde', theta, A)) @ s.U0, 'exp')
+    size = torch.linalg.matrix_norm(torch.einsum('bcl,lde->bcde', theta, A), 2)
+    error = torch.linalg.matrix_norm(U['taylor'] - U['exact'], 2)
+    assert (error <= size**3 / 6 + 1e-12).all() and error.max() > 0
+
+
+def test_theta_is_clipped():
+    config = GPTConfig(basis='rotated', theta_clip=0.5)
+    s = mos_cp.Subspace(8, 2, config, torch.Generator().manual_seed(0))
+    s.psi.weight.data.fill_(1.0)
+    z = torch.arange(32.0).view(1, 4, 8) - 16
+    assert s.theta((z,), 2).tolist() == [[[-0.5], [0.5]]]
+    config.theta_clip = 0.0
+    assert s.theta((z[..., :5], z[..., 5:]), 2)[0, 0, 0] == z[0, :2].mean(0).sum()
+
+
+@pytest.mark.parametrize('options', [o for o in OPTIONS], ids=str)
+def test_causality(options):
+    """
+    Changing a token changes no earlier logit, and does change later ones, except for the paper's literal method, where
+    a chunk's rotation, and with it the rebuilt keys and values of all its tokens, depends on the chunk's mean.
+    """
+    model, t = small_model(**options), 18  # in the middle of chunk 4 of 8
+    idx = torch.randint(50, (1, 32), generator=torch.Generator().manual_seed(0))
+    other = idx.clone()
+    other[0, t] = (idx[0, t] + 1) % 50
+    changed = (model(idx)[0] - model(other)[0]).abs().amax(dim=-1)[0]  # (T,)
+    leaks = not model.config.exact_local and options.get('basis') == 'rotated'
+    assert changed[t] > 0
+    assert changed[:16].max() < 1e-12  # earlier chunks never see it
+    assert (changed[16:t].max() > 1e-9) == leaks
+    if options.get('send') == 'local':
+        assert changed[20:].max() < 1e-12
+    else:
+        assert changed[20:].min() > 0
+
+
+def test_int4_and_topk_keep_what_they_say():
+    k, v = torch.randn(2, 2, 32, 16, dtype=torch.float64)
+    comp = small_model(send='int4').compressors[0]
+    for sent, rebuilt in zip((k, v), comp.unpack(comp.pack((k, v)))):
+        assert ((sent - rebuilt).abs() <= sent.abs().amax(-1, keepdim=True) / 14 + 1e-12).all()  # half a step of 1/7
+    comp = small_model(send='topk', topk=0.25).compressors[0]
+    cos, sin = torch.ones(32, 8).double(), torch.zeros(32, 8).double()  # no rotation
+    rebuilt = comp.expand(comp.compress(k, v), (), cos, sin)[0].squeeze(1)  # (B, T, d)
+    kept = rebuilt != 0
+    assert (kept.sum(-1) == 4).all() and torch.equal(rebuilt[kept], k[kept])
+    assert (k.abs().masked_fill(~kept, 9).amin(-1) >= k.abs().masked_fill(kept, 0).amax(-1)).all()
+
+
+@pytest.mark.parametrize('joint_kv', (True, False))
+def test_warm_start_reduces_reconstruction_error(joint_kv):
+    """On the keys and values of a briefly trained model, read from real text: random > weights > activations."""
+    config = GPTConfig(block_size=128, n_chunks=4, n_layer=1, n_embd=64, n_head=4, rank_k=0.1, rank_v=0.1, joint_kv=joint_kv)
+    torch.manual_seed(0)
+    model = GPT(config)
+    model.set_compression(False)
+    text = train.load_data('stdlib')[0]
+
+    def batch(i):
+        return train.get_batch(text, 8, 128, 256, np.random.default_rng(i))
+    optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), 'cpu')
+    for i in range(30):
+        model(*batch(i))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    x = model.h[0].ln_1(model.wte(batch(99)[0])).detach()
+    attn = model.h[0].attn
+    groups = attn.compressor.group(attn.c_k(x), attn.c_v(x))
+
+    def error():
+        total = 0.0
+        for zs, s in zip(groups, attn.compressor.subspaces):
+            rebuilt = kernels.expand(kernels.compress(zs, s.U0, 4), s.U0, 4)
+            total += (rebuilt - torch.cat(zs, -1)).square().sum().item()
+        return total
+    errors = [error()]
+    for idx in (None, batch(0)[0]):
+        model.set_bases(model.basis_moments(idx))
+        assert_close(attn.compressor.subspaces[0].U0.T @ attn.compressor.subspaces[0].U0, torch.eye(attn.compressor.subspaces[0].U0.shape[1]), 'U0', 1e-5)
+        errors.append(error())
+    assert errors[2] < 0.9 * errors[1] < 0.9 * errors[0], errors
+
+
+def test_unplugged_model_is_a_plain_model():
+    idx = torch.randint(50, (1, 32))
+    plain = small_model(send='full')
+    for options in (dict(), dict(basis='rotated', exact_local=False), dict(send='int4'), dict(send='local')):
+        model = small_model(**options)  # the compressor draws its own random numbers: same weights otherwise
+        assert relative_error(model(idx)[0], plain(idx)[0]) > 1e-6
+        model.set_compression(False)
+        assert torch.equal(model(idx)[0], plain(idx)[0])
+        missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
+        assert not missing and all('compressor' in name for name in unexpected)
+
+
+def test_compiled_equals_eager(monkeypatch):
+    for name in ('merge', 'to_heads', 'expand_to_heads'):
+        monkeypatch.setattr(kernels, name, getattr(kernels, name))  # put back at the end
+    eager = {str(o): train_steps(small_model(**o), 2) for o in (dict(), dict(basis='rotated', joint_kv=False))}
+    kernels.fuse()
+    for options in (dict(), dict(basis='rotated', joint_kv=False)):
+        model = small_model(**options)
+        model.forward = torch.compile(model.forward)
+        losses, gradients, _ = train_steps(model, 2)
+        assert_close(losses, eager[str(options)][0], 'losses')
+        for name, g in gradients.items():
+            assert_close(g, eager[str(options)][1][name], name)
+
+
+# -----------------------------------------------------------------------------
+# The model's interface
+
+def test_any_length_and_generate():
+    model = small_model()
+    idx = torch.randint(50, (2, 32))
+    logits, loss = model(idx)
+    assert logits.shape == (2, 32, 50) and loss is None
+    short, loss = model(idx[:, :5], idx[:, 1:6])  # not a multiple of the chunk: padded at the end, unseen
+    assert_close(short, logits[:, :5], 'logits')
+    assert torch.isfinite(loss)
+    out = model.generate(idx[:, :30], 6, top_k=1)  # runs past block_size
+    assert out.shape == (2, 36) and torch.equal(out[:, :30], idx[:, :30])
+    assert torch.equal(out[:, 30], model(idx[:, :30])[0][:, -1].argmax(-1))
+    with pytest.raises(ValueError, match=r'sequence length \(33\) is above block_size \(32\)'):
+        model(torch.zeros(1, 33, dtype=torch.int64))
+    assert model.estimate_mfu(2, 0.5, 1e12) == pytest.approx(model.flops_per_token() * 32 * 2 / 0.5 / 1e12)
+
+
+@pytest.mark.parametrize('options, message', (
+    (dict(block_size=1000), r'block_size \(1000\) must be a multiple of n_chunks \(16\): change --block_size or --n_chunks'),
+    (dict(n_embd=100, n_head=3), r'n_embd \(100\) must be a multiple of 2 \* n_head \(6\)'),
+    (dict(n_head=4, n_kv_head=3), r'n_head \(4\) must be a multiple of n_kv_head \(3\)'),
+    (dict(rank_k=0.0), r'rank_k \(0.0\)'), (dict(rank_v=1.5), r'rank_v \(1.5\)'), (dict(n_layer=0), r'n_layer \(0\)'),
+    (dict(send='nothing'), r"send \('nothing'\) must be one of full, local"), (dict(send='local', exact_local=False), 'send=local'),
+    (dict(basis='rotated', generator='principal', rank_k=0.5, rank_v=0.9), 'generator=principal needs'),
+))
+def test_bad_configurations_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**options)
+
+
+# -----------------------------------------------------------------------------
+# train.py
+
+SMALL = ['--block_size=128', '--n_chunks=8', '--n_layer=2', '--n_head=2', '--n_embd=32', '--batch_size=2', '--warm_start=3',
+         '--max_iters=12', '--lr_decay_iters=12', '--eval_interval=6', '--eval_iters=2', '--log_interval=1', '--sample_tokens=0',
+         '--gradient_accumulation_steps=2', '--dtype=float64', '--warmup_iters=2', '--rank_k=0.1', '--rank_v=0.1']
+
+
+def small_run(out_dir, *argv):
+    return train.main([*SMALL, f'--out_dir={out_dir}', *argv])
+
+
+def torchrun(n, out_dir, *argv):
+    """torchrun train.py -> the log's records. Standard output is checked by the caller if wanted."""
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', 'train.py', *SMALL,
+                           f'--out_dir={out_dir}', '--timeout_s=60', *argv], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in Path(out_dir, 'log.jsonl').read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def reference_run(tmp_path_factory):
+    """(folder, result) of one uninterrupted run on one process."""
+    folder = tmp_path_factory.mktemp('reference')
+    return folder, small_run(folder)
+
+
+def assert_same_log(found, expected):
+    assert [r['iter'] for r in found] == [r['iter'] for r in expected]
+    for a, b in zip(found, expected):
+        for key in ('loss', 'val_loss', 'grad_norm'):
+            assert (key in a) == (key in b) and a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-9), (key, a, b)
+
+
+def test_log_and_falling_loss(reference_run):
+    records = [json.loads(line) for line in (reference_run[0] / 'log.jsonl').read_text().splitlines()]
+    assert records == reference_run[1]['records']
+    assert [r['iter'] for r in records] == list(range(13)) and [r['iter'] for r in records if 'val_loss' in r] == [0, 6, 12]
+    assert set(records[1]) == {'iter', 'loss', 'lr', 'grad_norm', 'tokens', 'seconds', 'sent_fwd', 'sent_bwd', 'received_fwd',
+                               'received_bwd', 'compression'}
+    assert records[11]['loss'] < records[0]['loss'] - 0.5 and records[11]['tokens'] == 12 * 2 * 2 * 128
+
+
+def test_resume_is_bit_equal(reference_run, tmp_path):
+    small_run(tmp_path, '--max_iters=6')
+    resumed = small_run(tmp_path, '--init_from=resume')
+    assert resumed['records'][-1]['val_loss'] == reference_run[1]['val_loss']
+    for (name, a), b in zip(resumed['model'].state_dict().items(), reference_run[1]['model'].state_dict().values()):
+        assert torch.equal(a, b), name
+    with pytest.raises(SystemExit, match='--n_embd=64 differs from the checkpoint, which has 32'):
+        small_run(tmp_path, '--init_from=resume', '--n_embd=64')
+    assert not list(tmp_path.glob('*.tmp'))
+
+
+def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
+    """2 x 2 processes give the numbers of one, bytes included, and start from its checkpoint."""
+    records = torchrun(4, tmp_path, '--cp=2')
+    assert_same_log(records, reference_run[1]['records'])
+    full = 3 * 2 * 32 * 8 * 64 * 2 * 2  # K, V again and their gradients; d, float64, tokens, layers, batch of one micro-step
+    assert [r['received_fwd'] + r['received_bwd'] for r in records[:12]] == 3 * [full] + 9 * [full * 2 * 6 // (3 * 2 * 32)]
+    assert records[5]['compression'] == pytest.approx(1 - 2 * 6 / (3 * 2 * 32))
+
+
+def test_checkpoint_moves_to_another_world_size(reference_run, tmp_path):
+    small_run(tmp_path, '--max_iters=6')
+    resumed = torchrun(2, tmp_path, '--init_from=resume')
+    assert_same_log(resumed[7:], reference_run[1]['records'][6:])  # the first 7 are of the first run
+
+
+def test_weights_averaged_every_few_steps(reference_run, tmp_path):
+    """sync_every > 1: not the same numbers, nearly the same loss; the checkpoint is the averaged model."""
+    records = torchrun(2, tmp_path, '--sync_every=4')
+    expected = reference_run[1]['records']
+    assert records[0]['loss'] == pytest.approx(expected[0]['loss'], rel=1e-9)
+    assert records[3]['loss'] != pytest.approx(expected[3]['loss'], rel=1e-9)
+    assert records[-1]['val_loss'] == pytest.approx(expected[-1]['val_loss'], rel=0.05)
+    assert small_run(tmp_path, '--init_from=resume', '--eval_only')['val_loss'] == pytest.approx(records[-1]['val_loss'], rel=1e-9)
+
+
+@pytest.mark.parametrize('argv, message', (
+    (['--blok_size=8'], 'unknown argument --blok_size; the nearest flag is --block_size'),
+    (['--block_size=1000'], r'block_size \(1000\) must be a multiple of n_chunks \(16\)'),
+    (['--block_size=eight'], "--block_size: invalid int value: 'eight'"), (['--send=some'], "--send: invalid choice: 'some'"),
+    (['--compile=maybe'], "'maybe' is neither True nor False"), (['--cp=2'], r'world size \(1\) must be a multiple of cp \(2\)'),
+    (['--topk=0.2'], '--topk does nothing with --send=subspace'), (['--exp=exact'], '--exp does nothing with --basis=learned'),
+    (['--send=full', '--rank_k=0.1'], '--rank_k does nothing with --send=full'),
+    (['--warm_start=500'], r'warm_start \(500\) must be below max_iters \(250\)'), (['--batch_size=0'], r'batch_size \(0\)'),
+    (['--data=no/such/file'], "no file matches 'no/such/file'"), (['--init_from=resume'], 'there is no .*ckpt.pt'),
+    (['--vocab_size=100'], r'outside vocab_size \(100\)'), (['--device=cuda'], r'needs a GPU per process: 1 processes on this machine, 0 GPUs'),
+))
+def test_bad_flags_are_refused(argv, message, tmp_path):
+    if '--device=cuda' in argv and torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    with pytest.raises(SystemExit, match=message):
+        train.main([f'--out_dir={tmp_path}', *argv])
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags():
+    c, given = train.parse_config(['--preset=800m', '--method', 'paper', '--block_size', '4096', '--compile', '--rank_k=0.1'])
+    assert (c.n_layer, c.n_embd, c.n_head, c.block_size, c.compile, c.rank_k) == (8, 2048, 8, 4096, True, 0.1)
+    assert (c.basis, c.exact_local, c.joint_kv, c.generator, c.compress_last, c.sync_every) == ('rotated', False, False, 'frobenius', False, 200)
+    assert given == {'preset', 'method', 'block_size', 'compile', 'rank_k'}
+    with pytest.raises(ValueError, match=r'n_chunks \(16\) must be a multiple of 2 \* cp \(6\): change --n_chunks or --cp'):
+        zigzag(16, 3, 0)
+    assert set(train.MODEL_FLAGS) == set(GPTConfig.__dataclass_fields__) - {'rope_base'}
+    assert {name: d for name, d, _ in train.FLAGS if name in train.MODEL_FLAGS} == {
+        **{name: f.default for name, f in GPTConfig.__dataclass_fields__.items() if name != 'rope_base'}, 'vocab_size': 0}
+
+
+def test_readers(tmp_path):
+    """Text, nanoGPT's .bin, the headered .bin and a glob of shards; and what is refused."""
+    tokens = np.arange(1000, dtype=np.uint16)
+    (tmp_path / 'text.txt').write_bytes(bytes(range(256)) * 4)
+    tokens.tofile(tmp_path / 'plain.bin')
+    header = np.zeros(256, dtype=np.int32)
+    for i, part in enumerate((tokens[:400], tokens[400:])):
+        header[:3] = 20240520, 1, len(part)
+        (tmp_path / f'shard_{i}.bin').write_bytes(header.tobytes() + part.tobytes())
+    assert np.array_equal(train.read_tokens(tmp_path / 'text.txt'), np.tile(np.arange(256), 4))
+    assert np.array_equal(train.read_tokens(tmp_path / 'plain.bin'), tokens)
+    shards, val = train.load_data(str(tmp_path / 'shard_*.bin'), str(tmp_path / 'plain.bin'))
+    assert np.array_equal(np.concatenate(shards), tokens) and len(val) == 1 and train.data_vocab(shards) == 1000
+    x, y = train.get_batch(shards, 64, 50, 1000, np.random.default_rng(0))
+    assert x.shape == (64, 50) and torch.equal(x + 1, y)  # no window crosses from one shard into the next
+    assert x[:, 0].min() < 300 and x[:, 0].max() > 600
+    train_part, val_part = train.load_data(str(tmp_path / 'plain.bin'))
+    assert np.array_equal(np.concatenate(train_part + val_part), tokens) and len(val_part[0]) == 100
+    for content, message in ((b'', 'is empty'), (b'abc', r'odd number of bytes \(3\)'), (header.tobytes() + b'ab', 'has header version 1 and 600 tokens')):
+        (tmp_path / 'bad.bin').write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            train.read_tokens(tmp_path / 'bad.bin')
+    with pytest.raises(ValueError, match=r'longest part: 600 tokens\) must be longer than block_size \(2000\)'):
+        train.get_batch(shards, 1, 2000, 1000, np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r'outside vocab_size \(256\)'):
+        train.get_batch(shards, 64, 50, 256, np.random.default_rng(0))
+    train_set, val_set = (sum(map(len, part)) for part in train.load_data('stdlib'))
+    assert train_set > 5 * val_set > 1e6
