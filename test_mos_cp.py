@@ -4,6 +4,7 @@ parallel path must equal it on every rank. Checks that need several processes ru
 size (gloo, CPU); `pytest -k "world_size and 2"`-style selection works on their names.
 """
 import json
+import os
 import subprocess
 import sys
 import traceback
@@ -548,9 +549,9 @@ def small_run(out_dir, *argv):
     return train.main([*SMALL, f'--out_dir={out_dir}', *argv])
 
 
-def torchrun(n, out_dir, *argv):
-    """torchrun train.py -> the log's records. Standard output is checked by the caller if wanted."""
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', 'train.py', *SMALL,
+def torchrun(n, out_dir, *argv, script='train.py'):
+    """torchrun train.py -> the log's records."""
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', script, *SMALL,
                            f'--out_dir={out_dir}', '--timeout_s=60', *argv], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in Path(out_dir, 'log.jsonl').read_text().splitlines()]
@@ -606,13 +607,39 @@ def test_checkpoint_moves_to_another_world_size(reference_run, tmp_path):
 
 
 def test_weights_averaged_every_few_steps(reference_run, tmp_path):
-    """sync_every > 1: not the same numbers, nearly the same loss; the checkpoint is the averaged model."""
-    records = torchrun(2, tmp_path, '--sync_every=4')
+    """
+    sync_every > 1: not the same numbers, nearly the same loss; the ranks' weights differ before they are averaged, their
+    bases never do; the checkpoint is the averaged model.
+    """
+    records = torchrun(2, tmp_path, '--sync_every=4', script=__file__)
     expected = reference_run[1]['records']
     assert records[0]['loss'] == pytest.approx(expected[0]['loss'], rel=1e-9)
     assert records[3]['loss'] != pytest.approx(expected[3]['loss'], rel=1e-9)
     assert records[-1]['val_loss'] == pytest.approx(expected[-1]['val_loss'], rel=0.05)
+    drift = json.loads((tmp_path / 'drift.json').read_text())
+    assert len(drift) > 3 and all(basis == 0 for basis, _ in drift) and max(weights for _, weights in drift) > 1e-5
     assert small_run(tmp_path, '--init_from=resume', '--eval_only')['val_loss'] == pytest.approx(records[-1]['val_loss'], rel=1e-9)
+
+
+def measure_drift(argv):
+    """Run train.py and note, whenever it averages all weights, how far the ranks' bases and other weights were apart."""
+    average, drift = train.average, []
+
+    def noting(tensors):
+        if len(tensors) > 10:  # not the bases' gradients alone
+            apart = {True: 0.0, False: 0.0}
+            for t in tensors:
+                others = [torch.empty_like(t) for _ in range(dist.get_world_size())]
+                dist.all_gather(others, t.detach())
+                is_basis = tuple(t.shape) == (64, 6)  # U0: [K, V] in R^64, r_k + r_v = 6
+                apart[is_basis] = max(apart[is_basis], (others[0] - others[1]).abs().max().item())
+            drift.append((apart[True], apart[False]))
+        average(tensors)
+    train.average = noting
+    train.main(argv)
+    if os.environ['RANK'] == '0':
+        out_dir = next(a for a in argv if a.startswith('--out_dir=')).split('=')[1]
+        Path(out_dir, 'drift.json').write_text(json.dumps(drift))
 
 
 @pytest.mark.parametrize('argv, message', (
@@ -635,10 +662,10 @@ def test_bad_flags_are_refused(argv, message, tmp_path):
 
 
 def test_flags():
-    c, given = train.parse_config(['--preset=800m', '--method', 'paper', '--block_size', '4096', '--compile', '--rank_k=0.1'])
+    c, checkpoint = train.parse_config(['--preset=800m', '--method', 'paper', '--block_size', '4096', '--compile', '--rank_k=0.1'])
     assert (c.n_layer, c.n_embd, c.n_head, c.block_size, c.compile, c.rank_k) == (8, 2048, 8, 4096, True, 0.1)
     assert (c.basis, c.exact_local, c.joint_kv, c.generator, c.compress_last, c.sync_every) == ('rotated', False, False, 'frobenius', False, 200)
-    assert given == {'preset', 'method', 'block_size', 'compile', 'rank_k'}
+    assert checkpoint is None
     with pytest.raises(ValueError, match=r'n_chunks \(16\) must be a multiple of 2 \* cp \(6\): change --n_chunks or --cp'):
         zigzag(16, 3, 0)
     assert set(train.MODEL_FLAGS) == set(GPTConfig.__dataclass_fields__) - {'rope_base'}
@@ -674,3 +701,7 @@ def test_readers(tmp_path):
         train.get_batch(shards, 64, 50, 256, np.random.default_rng(0))
     train_set, val_set = (sum(map(len, part)) for part in train.load_data('stdlib'))
     assert train_set > 5 * val_set > 1e6
+
+
+if __name__ == '__main__':  # one rank of test_weights_averaged_every_few_steps
+    measure_drift(sys.argv[1:])

@@ -17,6 +17,7 @@ import math
 import os
 import sys
 import sysconfig
+import textwrap
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -116,11 +117,13 @@ CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS), 'init_
            'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 # A flag that would do nothing is an error: flag -> what it needs
-NEEDS = {**dict.fromkeys(('basis', 'joint_kv', 'rank_k', 'rank_v', 'warm_start', 'warm_basis'), ('send', 'subspace')),
-         **dict.fromkeys(('generator', 'n_generators', 'exp', 'theta_clip'), ('basis', 'rotated')),
-         'topk': ('send', 'topk')}
+NEEDS = {**dict.fromkeys(('basis', 'joint_kv', 'rank_k', 'rank_v', 'warm_start', 'warm_basis'), {'send': 'subspace'}),
+         **dict.fromkeys(('generator', 'n_generators', 'exp', 'theta_clip'), {'send': 'subspace', 'basis': 'rotated'}),
+         'topk': {'send': 'topk'}}
 
 MODEL_FLAGS = [f.name for f in dataclasses.fields(GPTConfig) if f.name in {name for name, _, _ in FLAGS}]
+# What a resumed run takes from its own command line rather than from the checkpoint
+RUN_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'timeout_s')
 
 
 def fail(message):
@@ -138,7 +141,10 @@ def parse_bool(text):
 
 
 def parse_config(argv):
-    """--key=value or --key value -> (the configuration, the set of flags given). Exits on anything unknown."""
+    """
+    --key=value or --key value -> (the configuration, the checkpoint to resume from or None). Flags given win over
+    the checkpoint's configuration, that over --method, that over --preset. Exits on anything unknown or pointless.
+    """
     parser = argparse.ArgumentParser(prog='train.py', allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      description=__doc__.strip().split('\n')[0])
     parser.error = fail
@@ -152,14 +158,25 @@ def parse_config(argv):
         key = unknown[0].split('=')[0]
         near = difflib.get_close_matches(key.lstrip('-'), [name for name, _, _ in FLAGS], n=1, cutoff=0)
         fail(f'unknown argument {key}; the nearest flag is --{near[0]}')
-    given = vars(given)
+    given, checkpoint = vars(given), None
     config = {name: default for name, default, _ in FLAGS}
     config.update(PRESETS[given.get('preset', config['preset'])])
     config.update(METHODS[given.get('method', config['method'])])
+    if given.get('init_from') == 'resume':
+        path = Path(given.get('out_dir', config['out_dir'])) / 'ckpt.pt'
+        if not path.exists():
+            fail(f'--init_from=resume: there is no {path} on this machine')
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        saved = {k: v for k, v in checkpoint['config'].items() if k not in RUN_FLAGS}
+        for name in (*MODEL_FLAGS, 'preset', 'method'):
+            if given.get(name, saved[name]) != saved[name]:
+                fail(f'--{name}={given[name]} differs from the checkpoint, which has {saved[name]}')
+        config.update(saved)
     config.update(given)
-    for name in given:
-        if name in NEEDS and config[NEEDS[name][0]] != NEEDS[name][1] or name in NEEDS and config['send'] not in ('subspace', NEEDS[name][1]):
-            fail(f'--{name} does nothing with --{NEEDS[name][0]}={config[NEEDS[name][0]]}: it needs --{NEEDS[name][0]}={NEEDS[name][1]}')
+    for name in given.keys() & NEEDS.keys():
+        for flag, value in NEEDS[name].items():
+            if config[flag] != value:
+                fail(f'--{name} does nothing with --{flag}={config[flag]}: it needs --{flag}={value}')
     c = argparse.Namespace(**config)
     for name in ('log_interval', 'eval_interval', 'eval_iters', 'batch_size', 'gradient_accumulation_steps', 'sync_every', 'timeout_s'):
         if config[name] < 1:
@@ -174,26 +191,35 @@ def parse_config(argv):
              'change --warm_start or --max_iters')
     if c.unplug_at and c.unplug_at < c.warm_start:
         fail(f'unplug_at ({c.unplug_at}) must not be below warm_start ({c.warm_start}): change --unplug_at or --warm_start')
-    return c, set(given)
+    return c, checkpoint
 
 
 # -----------------------------------------------------------------------------
 # Data: every source becomes a list of one-dimensional arrays of tokens, memory-mapped
 
-def stdlib_files():
-    """Cached train.bin and val.bin of the Python standard library's source: every tenth file is validation."""
+def stdlib_files(out_dir):
+    """
+    train.bin and val.bin (every tenth file) of the Python standard library's source, made once and kept in the
+    user's cache, or in out_dir if that cannot be written.
+    """
+    for folder in (Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'mos_cp', Path(out_dir)):
+        paths = [folder / f'stdlib-{sys.version.split()[0]}-{split}.bin' for split in ('train', 'val')]
+        if all(p.exists() for p in paths):
+            return paths
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            break
     root = Path(sysconfig.get_path('stdlib'))
     skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
     files = sorted(p for p in root.rglob('*.py') if not skip & set(p.relative_to(root).parts))
-    cache = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'mos_cp'
-    paths = [cache / f'stdlib-{sys.version.split()[0]}-{split}.bin' for split in ('train', 'val')]
     for split, path in enumerate(paths):
-        if not path.exists():
-            text = b'\n'.join(p.read_bytes() for i, p in enumerate(files) if (i % 10 == 9) == split)
-            cache.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f'.{os.getpid()}')  # every process may write it; the rename is atomic
-            np.frombuffer(text, dtype=np.uint8).astype(np.uint16).tofile(part)
-            os.replace(part, path)
+        text = b'\n'.join(p.read_bytes() for i, p in enumerate(files) if (i % 10 == 9) == split)
+        part = path.with_suffix(f'.{os.getpid()}')  # every process may write it; the rename is atomic
+        np.frombuffer(text, dtype=np.uint8).astype(np.uint16).tofile(part)
+        os.replace(part, path)
     return paths
 
 
@@ -221,7 +247,7 @@ def read_tokens(path):
     return np.memmap(path, dtype=np.uint16, mode='r')
 
 
-def load_data(data, val_data=''):
+def load_data(data, val_data='', out_dir='out'):
     """--data and --val_data -> (training shards, validation shards), lists of arrays. Raises ValueError."""
     def read_all(pattern):
         paths = sorted(glob.glob(pattern))
@@ -229,7 +255,7 @@ def load_data(data, val_data=''):
             raise ValueError(f'no file matches {pattern!r}: change --data or --val_data')
         return [read_tokens(p) for p in paths]
     if data == 'stdlib':
-        train, val = ([read_tokens(p)] for p in stdlib_files())
+        train, val = ([read_tokens(p)] for p in stdlib_files(out_dir))
         return train, read_all(val_data) if val_data else val
     shards = read_all(data)
     if val_data:
@@ -307,7 +333,7 @@ def save_checkpoint(path, checkpoint):
 
 def main(argv=None):
     """One training run. Returns a dict: iter_num, loss, val_loss, the log's records."""
-    c, given = parse_config(sys.argv[1:] if argv is None else argv)
+    c, checkpoint = parse_config(sys.argv[1:] if argv is None else argv)
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     local_rank, local_world_size = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     master = rank == 0
@@ -321,17 +347,8 @@ def main(argv=None):
     if c.gradient_accumulation_steps % dp:
         fail(f'gradient_accumulation_steps ({c.gradient_accumulation_steps}) must be a multiple of dp = world size / cp ({dp}): '
              'change --gradient_accumulation_steps or --cp')
-    checkpoint = None
-    if c.init_from == 'resume':
-        if not (out_dir / 'ckpt.pt').exists():
-            fail(f'--init_from=resume: there is no {out_dir / "ckpt.pt"} on rank {rank}')
-        checkpoint = torch.load(out_dir / 'ckpt.pt', map_location='cpu', weights_only=True)
-        for name, saved in checkpoint['model_args'].items():
-            if name in given and getattr(c, name) != saved and not (getattr(c, name) == 0 and name in ('n_kv_head', 'n_ff')):
-                fail(f'--{name}={getattr(c, name)} differs from the checkpoint, which has {saved}')
-            setattr(c, name, saved)
     try:
-        train_data, val_data = load_data(c.data, c.val_data)
+        train_data, val_data = load_data(c.data, c.val_data, out_dir)
         c.vocab_size = c.vocab_size or (256 if c.data == 'stdlib' else data_vocab(train_data + val_data))
         config = GPTConfig(**{name: getattr(c, name) for name in MODEL_FLAGS})
         zigzag(config.n_chunks, cp, 0)
@@ -436,7 +453,7 @@ def main(argv=None):
 
     if note:
         say(note)
-    say('\n'.join(f'{name} = {getattr(c, name)}' for name, _, _ in FLAGS))
+    say(textwrap.fill(', '.join(f'{name}={getattr(c, name)}' for name, _, _ in FLAGS), width=120, break_on_hyphens=False))
     say(f'{raw_model.get_num_params() / 1e6:.2f}M parameters; {world_size} process(es) = dp {dp} x cp {cp} on {device.type}; '
         f'block attention by {kernels.attention_backend(device.type, dtype, config.head_dim)}; '
         f'{tokens_per_iter:,} tokens per iteration')
@@ -485,9 +502,13 @@ def main(argv=None):
                 micro_loss = model(x, y)[1] / micro_steps
             micro_loss.backward()
             loss += micro_loss.detach()
-        # With sync_every > 1 the ranks' weights drift apart, but sender and receiver must share one basis
+        # With sync_every > 1 the ranks' weights drift apart, but sender and receiver must share one basis: its
+        # gradient is averaged all the same, and clipped alike on all ranks
         average([p.grad for p in (params if c.sync_every == 1 else basis_params) if p.grad is not None])
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip or float('inf'))
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        if c.sync_every > 1:
+            average([grad_norm])
+        torch.nn.utils.clip_grads_with_norm_(params, c.grad_clip or float('inf'), grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if c.sync_every > 1 and (iter_num + 1) % c.sync_every == 0:
