@@ -44,7 +44,7 @@ FLAGS = [
     ('out_dir', 'out', 'where ckpt.pt and log.jsonl go'),
     ('init_from', 'scratch', 'scratch, or resume: continue from out_dir/ckpt.pt'),
     ('log_interval', 10, 'iterations between log lines'),
-    ('eval_interval', 150, 'iterations between validations, each followed by a checkpoint'),
+    ('eval_interval', 125, 'iterations between validations, each followed by a checkpoint'),
     ('eval_iters', 8, 'batches per validation'),
     ('eval_only', False, 'validate once and stop'),
     ('always_save_checkpoint', True, 'False: write a checkpoint only when the validation loss is the best so far'),
@@ -78,7 +78,7 @@ FLAGS = [
     # optimisation
     ('batch_size', 4, 'sequences per micro-step'),
     ('gradient_accumulation_steps', 1, 'micro-steps per iteration, shared out over dp; a multiple of dp'),
-    ('max_iters', 300, 'iterations'),
+    ('max_iters', 250, 'iterations'),
     ('learning_rate', 2e-3, 'peak learning rate of AdamW'),
     ('warmup_iters', 20, 'iterations of linear warm-up'),
     ('lr_decay_iters', 0, 'iteration at which the cosine decay ends; 0: max_iters'),
@@ -122,6 +122,8 @@ NEEDS = {**dict.fromkeys(('basis', 'joint_kv', 'rank_k', 'rank_v', 'warm_start',
          'topk': {'send': 'topk'}}
 
 MODEL_FLAGS = [f.name for f in dataclasses.fields(GPTConfig) if f.name in {name for name, _, _ in FLAGS}]
+PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, by the vendor's datasheets, for the MFU
+
 # What a resumed run takes from its own command line rather than from the checkpoint
 RUN_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'timeout_s')
 
@@ -462,7 +464,9 @@ def main(argv=None):
     meter, itemsize, first_iter = ring.meter, dtype.itemsize, iter_num
     full_bytes = sum(sum(m.wire_bytes(c.block_size // cp, itemsize, 'full')) for m in raw_model.compressors)
     full_bytes *= (cp - 1) * c.batch_size * micro_steps  # what this rank would receive in one iteration
-    received, timed, loss, val_loss = 0, (iter_num, seconds), None, None
+    gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+    peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), 0) * world_size
+    received, started, timed, loss, val_loss = 0, seconds, (iter_num, seconds), None, None
     bar = tqdm(total=c.max_iters, initial=iter_num, disable=not (master and sys.stderr.isatty()))
     while True:
         # the compressor's life: warm start (off), on, unplugged (off)
@@ -531,7 +535,8 @@ def main(argv=None):
             local_tokens = tokens_per_iter / world_size
             say(f'iter {record["iter"]}: loss {loss:.4f}, time {dt * 1000:.0f}ms, {tokens_per_iter / dt:,.0f} tok/s, wire '
                 f'{meter.received_fwd / local_tokens:.0f} fwd + {meter.received_bwd / local_tokens:.0f} bwd B/token'
-                + (f', compression {compression:.1%}' if full_bytes else ' (one process)'))
+                + (f', compression {compression:.1%}' if full_bytes else ' (one process)')
+                + (f', mfu {raw_model.estimate_mfu(tokens_per_iter / c.block_size, dt, peak_flops):.1%}' if peak_flops else ''))
         if len(record) > 1:
             write(record)
     bar.close()
@@ -539,7 +544,7 @@ def main(argv=None):
     # -- what it came to
     n_iters = iter_num - first_iter
     if n_iters:
-        say(f'{n_iters} iterations, {n_iters * tokens_per_iter:,} tokens in {seconds:.0f}s; final loss {loss:.4f}, val loss {val_loss:.4f}')
+        say(f'{n_iters} iterations, {n_iters * tokens_per_iter:,} tokens in {seconds - started:.0f}s; final loss {loss:.4f}, val loss {val_loss:.4f}')
         if full_bytes:
             gradients = sum(p.numel() * p.element_size() for p in (params if c.sync_every == 1 else basis_params))
             say(f'received by rank 0 over the ring: {received / 1e6:,.1f} MB, uncompressed it would be {n_iters * full_bytes / 1e6:,.1f} MB; '
