@@ -69,7 +69,8 @@ class GPTConfig:
         multiple('n_kv_head', 'n_head', self.n_kv_head)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f'{name} ({getattr(self, name)!r}) must be one of {", ".join(choices)}: change --{name}')
+                raise ValueError(f'{name} ({getattr(self, name)!r}) must be one of {", ".join(choices)}: '
+                                 f'change --{name}')
         for name in ('rank_k', 'rank_v', 'topk'):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f'{name} ({getattr(self, name)}) is a fraction of the width, above 0 and '
@@ -82,7 +83,9 @@ class GPTConfig:
             for d, r in self.subspaces:
                 if (self.n_generators + 1) * r > d:
                     raise ValueError(f'generator=principal needs (n_generators + 1) * r ({self.n_generators + 1} * {r}) '
-                                     f'directions of at most d ({d}): lower --n_generators or --rank_k and --rank_v')
+                                     f'to be at most d ({d}): lower --n_generators or --rank_k and --rank_v')
+        if self.send != 'full' and not self.compress_last and self.n_layer == 1:
+            raise ValueError('compress_last=False leaves nothing to compress when n_layer is 1: change one of them')
 
     @property
     def head_dim(self):
@@ -177,7 +180,7 @@ class Subspace(nn.Module):
             self.AAU0.copy_(torch.einsum('lde,mer->lmdr', self.A, self.AU0))
 
     def theta(self, zs, n_chunks):
-        """How far to rotate, from the mean of each chunk. zs: tensors (B, T, d_i) that make up Z -> (B, c, k), radians."""
+        """How far to rotate, from each chunk's mean. zs: tensors (B, T, d_i) that make up Z -> (B, c, k), radians."""
         mean = torch.cat([z.unflatten(1, (n_chunks, -1)).mean(dim=2) for z in zs], dim=-1)  # (B, c, d)
         theta, clip = self.psi(mean).to(mean.dtype), self.config.theta_clip
         return theta.clamp(-clip, clip) if clip else theta
@@ -330,14 +333,15 @@ class Attention(nn.Module):
         self.moments = None  # a list while GPT.basis_moments collects
 
     def forward(self, x, ring, cos, sin, here):
-        """x: (B, T, n_embd), this rank's tokens; cos, sin: (block_size, hd/2), all positions; here: those of x, (T,)."""
+        """x: (B, T, n_embd), this rank's tokens; cos, sin: (block_size, hd/2); here: positions of x, (T,)."""
         comp, chunk_size = self.compressor, self.config.block_size // self.config.n_chunks
         q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)  # (B, T, n_embd), (B, T, d), (B, T, d)
         if self.moments is not None:
             self.moments += [second_moment(torch.cat(zs, dim=-1).flatten(0, 1).T) for zs in comp.group(k, v)]
         payload = comp.compress(k, v)
         k, v = kernels.to_heads(k, v, cos[here], sin[here])  # (B, Hkv, T, hd): exact, for the local chunks
-        q = kernels.rope(q.unflatten(-1, (-1, self.config.head_dim)), cos[here], sin[here]).transpose(1, 2)  # (B, H, T, hd)
+        q = q.unflatten(-1, (-1, self.config.head_dim))  # (B, T, H, hd)
+        q = kernels.rope(q, cos[here], sin[here]).transpose(1, 2)  # (B, H, T, hd)
         y = ring_attention(q, payload, lambda payload, params, at: comp.expand(payload, params, cos[at], sin[at]),
                            comp.params, (k, v) if comp.exact_local else None, ring=ring, chunk_size=chunk_size,
                            keep=comp.keep, pack=comp.pack, unpack=comp.unpack)  # (B, H, T, hd)

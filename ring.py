@@ -290,8 +290,8 @@ class _RingAttention(torch.autograd.Function):
                 return grads
             dk, dv = torch.zeros_like(k, dtype=acc), torch.zeros_like(v, dtype=acc)
             for i, j, causal in calls:
-                dq_, dk_, dv_ = kernels.attention_backward(
-                    dout[:, :, i], q[:, :, i], k.detach()[:, :, j], v.detach()[:, :, j], out[:, :, i], lse[:, :, i], causal)
+                dq_, dk_, dv_ = kernels.attention_backward(dout[:, :, i], q[:, :, i], k.detach()[:, :, j],
+                                                           v.detach()[:, :, j], out[:, :, i], lse[:, :, i], causal)
                 dq[:, :, i] += dq_
                 dk[:, :, j] += dk_
                 dv[:, :, j] += dv_

@@ -1,7 +1,7 @@
 """
 Tests. The oracle is one process with one dense softmax in float64, differentiated by autograd; every
 parallel path must equal it on every rank. Checks that need several processes run in one spawn per world
-size (gloo, CPU); `pytest -k "world_size and 2"`-style selection works on their names.
+size (gloo, CPU); `pytest -k "every_rank and 2-"` selects those of two.
 """
 import json
 import os
@@ -313,7 +313,6 @@ def test_on_every_rank(check_results, world_size, name):
         assert results.get(name) == 'ok', f'rank {rank}: {results.get(name)}'
 
 
-
 # -----------------------------------------------------------------------------
 # The layout
 
@@ -411,7 +410,7 @@ def test_theta_is_clipped():
     assert s.theta((z[..., :5], z[..., 5:]), 2)[0, 0, 0] == z[0, :2].mean(0).sum()
 
 
-@pytest.mark.parametrize('options', [o for o in OPTIONS], ids=str)
+@pytest.mark.parametrize('options', OPTIONS, ids=str)
 def test_causality(options):
     """
     Changing a token changes no earlier logit, and does change later ones, except for the paper's literal method, where
@@ -455,7 +454,7 @@ def test_warm_start_reduces_reconstruction_error(joint_kv):
     text = train.load_data('stdlib')[0]
 
     def batch(i):
-        return train.get_batch(text, 8, 128, 256, np.random.default_rng(i))
+        return train.get_batch(text, 8, 128, np.random.default_rng(i))
     optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), 'cpu')
     for i in range(30):
         model(*batch(i))[1].backward()
@@ -603,27 +602,36 @@ def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
 def test_checkpoint_moves_to_another_world_size(reference_run, tmp_path):
     small_run(tmp_path, '--max_iters=6')
     resumed = torchrun(2, tmp_path, '--init_from=resume')
-    assert_same_log(resumed[7:], reference_run[1]['records'][6:])  # the first 7 are of the first run
+    assert_same_log(resumed, reference_run[1]['records'])  # the first 6 lines are of the first run
 
 
 def test_weights_averaged_every_few_steps(reference_run, tmp_path):
     """
     sync_every > 1: not the same numbers, nearly the same loss; the ranks' weights differ before they are averaged, their
-    bases never do; the checkpoint is the averaged model.
+    bases never do; the checkpoint is the averaged model, and a run resumed from it goes on as if nothing had happened.
     """
-    records = torchrun(2, tmp_path, '--sync_every=4', script=__file__)
+    argv = ['--sync_every=4', '--warm_start=6']  # the checkpoint falls on the end of the warm start
+    records = torchrun(2, tmp_path / 'whole', *argv, script=__file__)
     expected = reference_run[1]['records']
     assert records[0]['loss'] == pytest.approx(expected[0]['loss'], rel=1e-9)
-    assert records[3]['loss'] != pytest.approx(expected[3]['loss'], rel=1e-9)
+    assert records[2]['loss'] != pytest.approx(expected[2]['loss'], rel=1e-9)
     assert records[-1]['val_loss'] == pytest.approx(expected[-1]['val_loss'], rel=0.05)
-    drift = json.loads((tmp_path / 'drift.json').read_text())
+    drift = json.loads((tmp_path / 'whole' / 'drift.json').read_text())
     assert len(drift) > 3 and all(basis == 0 for basis, _ in drift) and max(weights for _, weights in drift) > 1e-5
-    assert small_run(tmp_path, '--init_from=resume', '--eval_only')['val_loss'] == pytest.approx(records[-1]['val_loss'], rel=1e-9)
+    (tmp_path / 'parts').mkdir()
+    (tmp_path / 'whole' / 'ckpt6.pt').rename(tmp_path / 'parts' / 'ckpt.pt')
+    resumed = torchrun(2, tmp_path / 'parts', *argv, '--init_from=resume')
+    assert resumed[-1]['val_loss'] == records[-1]['val_loss']
+    evaluated = small_run(tmp_path / 'whole', '--warm_start=6', '--init_from=resume', '--eval_only')
+    assert evaluated['val_loss'] == pytest.approx(records[-1]['val_loss'], rel=1e-9)
 
 
 def measure_drift(argv):
-    """Run train.py and note, whenever it averages all weights, how far the ranks' bases and other weights were apart."""
-    average, drift = train.average, []
+    """
+    Run train.py, keep every checkpoint, and note, whenever all weights are averaged, how far the ranks' bases and other
+    weights were apart.
+    """
+    average, save_checkpoint, drift = train.average, train.save_checkpoint, []
 
     def noting(tensors):
         if len(tensors) > 10:  # not the bases' gradients alone
@@ -636,6 +644,8 @@ def measure_drift(argv):
             drift.append((apart[True], apart[False]))
         average(tensors)
     train.average = noting
+    train.save_checkpoint = lambda path, checkpoint: [
+        save_checkpoint(p, checkpoint) for p in (path, path.with_name(f'ckpt{checkpoint["iter_num"]}.pt'))]
     train.main(argv)
     if os.environ['RANK'] == '0':
         out_dir = next(a for a in argv if a.startswith('--out_dir=')).split('=')[1]
@@ -649,6 +659,11 @@ def measure_drift(argv):
     (['--compile=maybe'], "'maybe' is neither True nor False"), (['--cp=2'], r'world size \(1\) must be a multiple of cp \(2\)'),
     (['--topk=0.2'], '--topk does nothing with --send=subspace'), (['--exp=exact'], '--exp does nothing with --basis=learned'),
     (['--send=full', '--rank_k=0.1'], '--rank_k does nothing with --send=full'),
+    (['--unplug_at=50'], r'unplug_at \(50\) must be between warm_start \(50\) and max_iters \(250\)'),
+    (['--send=full', '--unplug_at=60'], '--unplug_at does nothing with --send=full: it needs --send=local or topk or int4'),
+    (['--method=paper', '--send=topk'], '--method=paper sends subspaces, not --send=topk'), (['--beta2=1'], r'beta2 \(1.0\)'),
+    (['--seed=-1'], r'seed \(-1\) must be at least 0'), (['--compress_last=False', '--n_layer=1'], 'nothing to compress'),
+    (['--block_size=1600000'], r'block_size \(1600000\) must be below the length of the validation data'),
     (['--warm_start=500'], r'warm_start \(500\) must be below max_iters \(250\)'), (['--batch_size=0'], r'batch_size \(0\)'),
     (['--data=no/such/file'], "no file matches 'no/such/file'"), (['--init_from=resume'], 'there is no .*ckpt.pt'),
     (['--vocab_size=100'], r'outside vocab_size \(100\)'), (['--device=cuda'], r'needs a GPU per process: 1 processes on this machine, 0 GPUs'),
@@ -685,20 +700,21 @@ def test_readers(tmp_path):
     assert np.array_equal(train.read_tokens(tmp_path / 'text.txt'), np.tile(np.arange(256), 4))
     assert np.array_equal(train.read_tokens(tmp_path / 'plain.bin'), tokens)
     shards, val = train.load_data(str(tmp_path / 'shard_*.bin'), str(tmp_path / 'plain.bin'))
-    assert np.array_equal(np.concatenate(shards), tokens) and len(val) == 1 and train.data_vocab(shards) == 1000
-    x, y = train.get_batch(shards, 64, 50, 1000, np.random.default_rng(0))
+    assert np.array_equal(np.concatenate(shards), tokens) and len(val) == 1 and train.check_data('training', shards, 50, 0) == 1000
+    x, y = train.get_batch(shards, 64, 50, np.random.default_rng(0))
     assert x.shape == (64, 50) and torch.equal(x + 1, y)  # no window crosses from one shard into the next
     assert x[:, 0].min() < 300 and x[:, 0].max() > 600
     train_part, val_part = train.load_data(str(tmp_path / 'plain.bin'))
     assert np.array_equal(np.concatenate(train_part + val_part), tokens) and len(val_part[0]) == 100
-    for content, message in ((b'', 'is empty'), (b'abc', r'odd number of bytes \(3\)'), (header.tobytes() + b'ab', 'has header version 1 and 600 tokens')):
+    for content, message in ((b'', 'is empty'), (b'abc', r'odd number of bytes \(3\)'), (header.tobytes() + b'ab', 'has header version 1 and 600 tokens'),
+                             (header[:100].tobytes(), 'by its size, 0 tokens')):
         (tmp_path / 'bad.bin').write_bytes(content)
         with pytest.raises(ValueError, match=message):
             train.read_tokens(tmp_path / 'bad.bin')
-    with pytest.raises(ValueError, match=r'longest part: 600 tokens\) must be longer than block_size \(2000\)'):
-        train.get_batch(shards, 1, 2000, 1000, np.random.default_rng(0))
-    with pytest.raises(ValueError, match=r'outside vocab_size \(256\)'):
-        train.get_batch(shards, 64, 50, 256, np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r'block_size \(600\) must be below the length of the training data \(600 tokens'):
+        train.check_data('training', shards, 600, 0)
+    with pytest.raises(ValueError, match=r'the validation data has token 999, outside vocab_size \(999\)'):
+        train.check_data('validation', shards, 50, 999)
     train_set, val_set = (sum(map(len, part)) for part in train.load_data('stdlib'))
     assert train_set > 5 * val_set > 1e6
 

@@ -39,7 +39,7 @@ FLAGS = [
     ('preset', 'tiny', 'sizes and schedule: tiny, 124m or 800m; single flags override it'),
     ('method', 'ours', 'ours (the defaults below), or paper: sets every option to what the paper does'),
     # input and output
-    ('data', 'stdlib', "training data: stdlib (Python's own source), a text file (read as bytes), a uint16 .bin, or a glob of those"),
+    ('data', 'stdlib', "training data: stdlib (Python's own source), a text file (bytes), a uint16 .bin, or a glob"),
     ('val_data', '', 'validation data, same forms; empty: the last tenth of each file of --data'),
     ('out_dir', 'out', 'where ckpt.pt and log.jsonl go'),
     ('init_from', 'scratch', 'scratch, or resume: continue from out_dir/ckpt.pt'),
@@ -61,18 +61,18 @@ FLAGS = [
     ('vocab_size', 0, 'vocabulary; 0: from the data (256 for text, largest token + 1 for .bin)'),
     # what crosses the wire
     ('send', 'subspace', 'full (uncompressed), local (nothing), topk, int4, or subspace'),
-    ('exact_local', True, "a chunk attends to its own, never travelling keys exactly; False (the paper): to its rebuilt ones"),
+    ('exact_local', True, 'a chunk attends to its own keys and values exactly; False (the paper): to rebuilt ones'),
     ('joint_kv', True, 'one subspace for keys and values together, of rank r_k + r_v; False: one each'),
-    ('basis', 'learned', 'fixed, learned (a trained parameter), or rotated (the paper: R(theta) U0, theta from the chunk mean)'),
+    ('basis', 'learned', 'fixed, learned (a trained parameter), or rotated (the paper: by the mean of the chunk)'),
     ('rank_k', 0.02, 'numbers sent for a key, as a fraction of its width'),
     ('rank_v', 0.05, 'numbers sent for a value, as a fraction of its width'),
-    ('generator', 'frobenius', 'of the rotation: random, scaled to frobenius or spectral norm 1; or principal, onto the next principal directions'),
+    ('generator', 'frobenius', 'of the rotation: random with frobenius or spectral norm 1, or principal (see README)'),
     ('n_generators', 1, 'how many generators, that is numbers in theta'),
     ('exp', 'taylor', 'the exponential of the rotation: taylor (second order) or exact'),
     ('theta_clip', 0.5, 'largest |theta|; 0: not clipped'),
     ('topk', 0.1, 'fraction of entries that send=topk keeps'),
     ('compress_last', True, 'False: the last layer sends full keys and values, as in the paper'),
-    ('warm_start', 50, 'iterations uncompressed before the subspaces start in principal directions; 0: random directions'),
+    ('warm_start', 50, 'iterations uncompressed, then subspaces start in principal directions; 0: in random ones'),
     ('warm_basis', 'activations', 'principal directions of what: activations, or weights (the paper)'),
     ('unplug_at', 0, 'iteration from which everything is sent uncompressed and the compressor rests; 0: never'),
     # optimisation
@@ -90,7 +90,7 @@ FLAGS = [
     ('seed', 1337, 'of weights, data order and sampling'),
     # system
     ('cp', 0, 'ranks that share one sequence; 0: all. The others are data parallel: dp = world size / cp'),
-    ('sync_every', 1, '1: gradients averaged over all ranks every iteration (exact); c: weights averaged every c iterations'),
+    ('sync_every', 1, '1: average gradients every iteration (exact); c: average weights every c, and to validate'),
     ('device', 'auto', 'auto, cpu or cuda; auto takes cuda if every process on the machine can have a GPU'),
     ('dtype', 'auto', 'auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 (autocast) or float64'),
     ('compile', False, 'torch.compile the model and the kernels around the ring'),
@@ -103,35 +103,46 @@ PRESETS = {
                  max_iters=10000, warm_start=500, warmup_iters=500, learning_rate=6e-4, min_lr=6e-5, eval_interval=500),
     # the paper's shape; it does not give the width of its MLP
     '800m': dict(n_layer=8, n_head=8, n_embd=2048, n_ff=8192, block_size=131072, batch_size=1, max_iters=10000,
-                 warm_start=500, warmup_iters=500, learning_rate=3e-4, min_lr=3e-5, weight_decay=0.01, eval_interval=500),
+                 warm_start=500, warmup_iters=500, learning_rate=3e-4, min_lr=3e-5, weight_decay=0.01,
+                 eval_interval=500),
 }
 
 METHODS = {
     'ours': {},
-    'paper': dict(send='subspace', basis='rotated', joint_kv=False, exact_local=False, generator='frobenius', n_generators=1,
-                  exp='taylor', theta_clip=0.5, rank_k=0.02, rank_v=0.05, compress_last=False, warm_basis='weights', sync_every=200),
+    'paper': dict(basis='rotated', joint_kv=False, exact_local=False, generator='frobenius', n_generators=1,
+                  exp='taylor', theta_clip=0.5, rank_k=0.02, rank_v=0.05, compress_last=False, warm_basis='weights',
+                  sync_every=200),
 }
 
 CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS), 'init_from': ('scratch', 'resume'),
            'warm_basis': ('activations', 'weights'), 'device': ('auto', 'cpu', 'cuda'),
            'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
-# A flag that would do nothing is an error: flag -> what it needs
-NEEDS = {**dict.fromkeys(('basis', 'joint_kv', 'rank_k', 'rank_v', 'warm_start', 'warm_basis'), {'send': 'subspace'}),
-         **dict.fromkeys(('generator', 'n_generators', 'exp', 'theta_clip'), {'send': 'subspace', 'basis': 'rotated'}),
-         'topk': {'send': 'topk'}}
-
-MODEL_FLAGS = [f.name for f in dataclasses.fields(GPTConfig) if f.name in {name for name, _, _ in FLAGS}]
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, by the vendor's datasheets, for the MFU
 
+# A flag on the command line that would do nothing is an error: flag -> the values of others it needs
+LOSSY = ('local', 'topk', 'int4', 'subspace')
+NEEDS = {**dict.fromkeys(('exact_local', 'compress_last', 'unplug_at'), {'send': LOSSY}),
+         **dict.fromkeys(('basis', 'joint_kv', 'rank_k', 'rank_v', 'warm_start', 'warm_basis'), {'send': ('subspace',)}),
+         **dict.fromkeys(('generator', 'n_generators', 'exp', 'theta_clip'),
+                         {'send': ('subspace',), 'basis': ('rotated',)}),
+         'topk': {'send': ('topk',)}}
+
+LOWEST = {**dict.fromkeys(('log_interval', 'eval_interval', 'eval_iters', 'batch_size', 'gradient_accumulation_steps',
+                           'sync_every', 'timeout_s'), 1),
+          **dict.fromkeys(('cp', 'warm_start', 'unplug_at', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'vocab_size',
+                           'sample_tokens', 'seed', 'grad_clip', 'learning_rate', 'min_lr', 'weight_decay', 'beta1',
+                           'beta2'), 0)}
+
+MODEL_FLAGS = [f.name for f in dataclasses.fields(GPTConfig) if f.name in {name for name, _, _ in FLAGS}]
 # What a resumed run takes from its own command line rather than from the checkpoint
 RUN_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'timeout_s')
 
 
 def fail(message):
-    """End the run with one sentence. Every rank finds the same fault; rank 0 says it."""
-    if int(os.environ.get('RANK', 0)) > 0:
-        time.sleep(2)  # torchrun stops all ranks as soon as one exits: let rank 0 speak first
+    """End the run with one sentence, said once on every machine: its ranks all find the same fault."""
+    if int(os.environ.get('LOCAL_RANK', 0)) > 0:
+        time.sleep(2)  # torchrun stops all ranks as soon as one exits: let the first speak
         sys.exit(1)
     sys.exit(f'train.py: {message}')
 
@@ -168,7 +179,10 @@ def parse_config(argv):
         path = Path(given.get('out_dir', config['out_dir'])) / 'ckpt.pt'
         if not path.exists():
             fail(f'--init_from=resume: there is no {path} on this machine')
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        try:
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        except Exception as e:  # whatever a damaged or foreign file makes of it
+            fail(f'--init_from=resume: {path} is not a checkpoint ({type(e).__name__})')
         saved = {k: v for k, v in checkpoint['config'].items() if k not in RUN_FLAGS}
         for name in (*MODEL_FLAGS, 'preset', 'method'):
             if given.get(name, saved[name]) != saved[name]:
@@ -176,23 +190,25 @@ def parse_config(argv):
         config.update(saved)
     config.update(given)
     for name in given.keys() & NEEDS.keys():
-        for flag, value in NEEDS[name].items():
-            if config[flag] != value:
-                fail(f'--{name} does nothing with --{flag}={config[flag]}: it needs --{flag}={value}')
+        for flag, values in NEEDS[name].items():
+            if config[flag] not in values:
+                fail(f'--{name} does nothing with --{flag}={config[flag]}: it needs --{flag}={" or ".join(values)}')
+    for name, lowest in LOWEST.items():
+        if config[name] < lowest:
+            fail(f'{name} ({config[name]}) must be at least {lowest}: change --{name}')
     c = argparse.Namespace(**config)
-    for name in ('log_interval', 'eval_interval', 'eval_iters', 'batch_size', 'gradient_accumulation_steps', 'sync_every', 'timeout_s'):
-        if config[name] < 1:
-            fail(f'{name} ({config[name]}) must be at least 1: change --{name}')
-    for name in ('cp', 'warm_start', 'unplug_at', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'vocab_size', 'sample_tokens'):
-        if config[name] < 0:
-            fail(f'{name} ({config[name]}) must not be negative: change --{name}')
+    if max(c.beta1, c.beta2) >= 1:
+        fail(f'beta1 ({c.beta1}) and beta2 ({c.beta2}) must be below 1: change --beta1 or --beta2')
+    if c.method == 'paper' and c.send != 'subspace':
+        fail(f'--method=paper sends subspaces, not --send={c.send}: leave out one of the two')
     if c.send != 'subspace':
         c.warm_start = 0
     elif 0 < c.max_iters <= c.warm_start:
         fail(f'warm_start ({c.warm_start}) must be below max_iters ({c.max_iters}), or nothing is ever compressed: '
              'change --warm_start or --max_iters')
-    if c.unplug_at and c.unplug_at < c.warm_start:
-        fail(f'unplug_at ({c.unplug_at}) must not be below warm_start ({c.warm_start}): change --unplug_at or --warm_start')
+    if c.unplug_at and not c.warm_start < c.unplug_at < c.max_iters:
+        fail(f'unplug_at ({c.unplug_at}) must be between warm_start ({c.warm_start}) and max_iters ({c.max_iters}): '
+             'change --unplug_at')
     return c, checkpoint
 
 
@@ -242,9 +258,9 @@ def read_tokens(path):
         raise ValueError(f'{path} has an odd number of bytes ({size}): it is not a file of uint16 tokens')
     header = np.fromfile(path, dtype=np.int32, count=3)
     if len(header) == 3 and header[0] == 20240520:
-        if header[1] != 1 or size != 1024 + 2 * header[2]:
-            raise ValueError(f'{path} has header version {header[1]} and {header[2]} tokens; expected version 1 and, '
-                             f'by the file size, {(size - 1024) // 2} tokens')
+        if header[1] != 1 or header[2] < 1 or size != 1024 + 2 * header[2]:
+            raise ValueError(f'{path} has header version {header[1]} and {header[2]} tokens, but must have version 1 '
+                             f'and, by its size, {max(0, size - 1024) // 2} tokens')
         return np.memmap(path, dtype=np.uint16, mode='r', offset=1024)
     return np.memmap(path, dtype=np.uint16, mode='r')
 
@@ -252,7 +268,7 @@ def read_tokens(path):
 def load_data(data, val_data='', out_dir='out'):
     """--data and --val_data -> (training shards, validation shards), lists of arrays. Raises ValueError."""
     def read_all(pattern):
-        paths = sorted(glob.glob(pattern))
+        paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         if not paths:
             raise ValueError(f'no file matches {pattern!r}: change --data or --val_data')
         return [read_tokens(p) for p in paths]
@@ -265,29 +281,31 @@ def load_data(data, val_data='', out_dir='out'):
     return [s[:len(s) * 9 // 10] for s in shards], [s[len(s) * 9 // 10:] for s in shards]
 
 
-def data_vocab(shards):
-    """Vocabulary of token files: the largest token + 1; 256 if any is bytes."""
-    return max(256 if s.dtype == np.uint8 else int(s.max()) + 1 for s in shards)
+def check_data(what, shards, block_size, vocab_size):
+    """
+    Raises ValueError if no shard holds block_size + 1 tokens, or a token is outside vocab_size (0: any will do).
+    Returns the vocabulary of the data: 256 for bytes, else the largest token + 1.
+    """
+    longest = max(map(len, shards))
+    if longest <= block_size:
+        raise ValueError(f'block_size ({block_size}) must be below the length of the {what} data ({longest} tokens in '
+                         f'the longest part): change --block_size, --data or --val_data')
+    largest = max(int(s.max()) for s in shards if len(s))
+    if vocab_size and largest >= vocab_size:
+        raise ValueError(f'the {what} data has token {largest}, outside vocab_size ({vocab_size}): change --vocab_size')
+    return 256 if shards[0].dtype == np.uint8 else largest + 1
 
 
-def get_batch(shards, batch_size, block_size, vocab_size, rng):
-    """
-    Random windows, uniform over all starting points -> idx, targets (batch_size, block_size) int64.
-    Raises ValueError if no shard is long enough or a token is outside the vocabulary.
-    """
-    starts = np.cumsum([max(0, len(s) - block_size) for s in shards])
-    if starts[-1] == 0:
-        raise ValueError(f'the data (longest part: {max(map(len, shards))} tokens) must be longer than block_size ({block_size}): '
-                         'change --data, --val_data or --block_size')
+def get_batch(shards, batch_size, block_size, rng):
+    """Random windows, uniform over all starting points -> idx, targets (batch_size, block_size) int64."""
+    ends = np.cumsum([max(0, len(s) - block_size) for s in shards])  # starting points up to the end of each shard
     rows = []
-    for position in rng.integers(starts[-1], size=batch_size):
-        shard = int(np.searchsorted(starts, position, side='right'))
-        i = position - (starts[shard - 1] if shard else 0)
+    for position in rng.integers(ends[-1], size=batch_size):
+        shard = int(np.searchsorted(ends, position, side='right'))
+        i = position - (ends[shard - 1] if shard else 0)
         rows.append(shards[shard][i:i + block_size + 1].astype(np.int64))
-    rows = np.stack(rows)
-    if rows.max() >= vocab_size:
-        raise ValueError(f'the data has token {rows.max()}, outside vocab_size ({vocab_size}): change --vocab_size')
-    return torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+    rows = torch.from_numpy(np.stack(rows))
+    return rows[:, :-1], rows[:, 1:]
 
 
 # -----------------------------------------------------------------------------
@@ -347,21 +365,23 @@ def main(argv=None):
         fail(f'world size ({world_size}) must be a multiple of cp ({cp}): change --cp or --nproc_per_node')
     dp = world_size // cp
     if c.gradient_accumulation_steps % dp:
-        fail(f'gradient_accumulation_steps ({c.gradient_accumulation_steps}) must be a multiple of dp = world size / cp ({dp}): '
-             'change --gradient_accumulation_steps or --cp')
+        fail(f'gradient_accumulation_steps ({c.gradient_accumulation_steps}) must be a multiple of dp, world size / cp '
+             f'({dp}): change --gradient_accumulation_steps or --cp')
     try:
         train_data, val_data = load_data(c.data, c.val_data, out_dir)
-        c.vocab_size = c.vocab_size or (256 if c.data == 'stdlib' else data_vocab(train_data + val_data))
+        vocab_size = max(check_data('training', train_data, c.block_size, c.vocab_size),
+                         check_data('validation', val_data, c.block_size, c.vocab_size))
+        c.vocab_size = c.vocab_size or (256 if c.data == 'stdlib' else vocab_size)
         config = GPTConfig(**{name: getattr(c, name) for name in MODEL_FLAGS})
         zigzag(config.n_chunks, cp, 0)
-        for shards in (train_data, val_data):
-            get_batch(shards, 1, c.block_size, c.vocab_size, np.random.default_rng(0))
+        if master:
+            out_dir.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as e:
         fail(e)
+    c.n_kv_head, c.n_ff = config.n_kv_head, config.n_ff  # 0 stands for a default
     device, note = pick_device(c.device, local_rank, local_world_size)
-    if c.dtype == 'auto':
-        c.dtype = 'bfloat16' if device.type == 'cuda' else 'float32'
-    dtype = getattr(torch, c.dtype)
+    default = 'bfloat16' if device.type == 'cuda' else 'float32'
+    dtype = getattr(torch, default if c.dtype == 'auto' else c.dtype)
 
     # -- groups: world = dp x cp; the ranks of a ring are neighbours and see the same sequences
     ring, dp_rank = Ring(), 0
@@ -373,7 +393,7 @@ def main(argv=None):
 
     # -- model and optimizer
     torch.manual_seed(c.seed)
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:  # float32 is for comparing runs to the last digit
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     raw_model = GPT(config, ring).to(device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     optimizer = raw_model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2), device.type)
@@ -383,10 +403,14 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint['optimizer'])
         iter_num, best_val_loss, seconds = (checkpoint[k] for k in ('iter_num', 'best_val_loss', 'seconds'))
         torch.set_rng_state(checkpoint['rng'])
-        checkpoint = None
-    if world_size > 1:
-        for tensor in raw_model.state_dict().values():
-            dist.broadcast(tensor, 0)
+        checkpoint = None  # frees its memory
+
+    def broadcast_model():
+        if world_size > 1:
+            for tensor in raw_model.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+    broadcast_model()
     model = raw_model
     if c.compile:
         kernels.fuse()
@@ -400,8 +424,8 @@ def main(argv=None):
     tokens_per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size
 
     def batch(shards, *seed):
-        """One batch, this rank's part of it. A function of the seed alone: resuming needs no other state."""
-        x, y = get_batch(shards, c.batch_size, c.block_size, c.vocab_size, np.random.default_rng(seed))
+        """One batch, this rank's part of it: a function of the seed alone, so iter_num is the place in the data."""
+        x, y = get_batch(shards, c.batch_size, c.block_size, np.random.default_rng(seed))
         x, y = (ring.shard(t, raw_model.chunk_size) for t in (x, y))
         if device.type == 'cuda':
             x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
@@ -436,17 +460,24 @@ def main(argv=None):
             moments = [sum(ms) for ms in zip(*moments)]
         average(moments)
         raw_model.set_bases(moments)
+        broadcast_model()  # machines may differ in the last digit of an eigenvector
+
+    def average_model():
+        """Weights and AdamW's moments, of which the step counters need no averaging."""
+        average(params + [t for state in optimizer.state.values() for t in state.values() if t.dim()])
 
     def say(text):
         if master:
             tqdm.write(text)
             sys.stdout.flush()
 
-    log_file = None
+    records, log_path = [], out_dir / 'log.jsonl'
     if master:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        log_file = open(out_dir / 'log.jsonl', 'a' if c.init_from == 'resume' else 'w', buffering=1)
-    records = []
+        kept = log_path.read_text().splitlines(keepends=True) if log_path.exists() else []
+        if not c.eval_only:  # what comes after the checkpoint will be written again
+            kept = [line for line in kept if json.loads(line)['iter'] < iter_num]
+        log_file = open(log_path, 'w', buffering=1)
+        log_file.writelines(kept)
 
     def write(record):
         records.append(record)
@@ -455,9 +486,9 @@ def main(argv=None):
 
     if note:
         say(note)
-    say(textwrap.fill(', '.join(f'{name}={getattr(c, name)}' for name, _, _ in FLAGS), width=120, break_on_hyphens=False))
-    say(f'{raw_model.get_num_params() / 1e6:.2f}M parameters; {world_size} process(es) = dp {dp} x cp {cp} on {device.type}; '
-        f'block attention by {kernels.attention_backend(device.type, dtype, config.head_dim)}; '
+    say(textwrap.fill(', '.join(f'{name}={getattr(c, name)}' for name, _, _ in FLAGS), 120, break_on_hyphens=False))
+    say(f'{raw_model.get_num_params() / 1e6:.2f}M parameters; {world_size} process(es) = dp {dp} x cp {cp} on '
+        f'{device.type}, {dtype}; attention by {kernels.attention_backend(device.type, dtype, config.head_dim)}; '
         f'{tokens_per_iter:,} tokens per iteration')
 
     # -- the loop
@@ -469,18 +500,20 @@ def main(argv=None):
     received, started, timed, loss, val_loss = 0, seconds, (iter_num, seconds), None, None
     bar = tqdm(total=c.max_iters, initial=iter_num, disable=not (master and sys.stderr.isatty()))
     while True:
-        # the compressor's life: warm start (off), on, unplugged (off)
-        warm = iter_num < c.warm_start
-        raw_model.set_compression(not warm and not (c.unplug_at and iter_num >= c.unplug_at))
-        if iter_num == c.warm_start > 0 and not c.eval_only:
+        validating = iter_num % c.eval_interval == 0 or iter_num >= c.max_iters or c.eval_only
+        ending_warm_start = iter_num == c.warm_start > 0 and not c.eval_only
+        if c.sync_every > 1 and iter_num > first_iter and (validating or ending_warm_start):
+            average_model()  # one model, not one per rank, is analysed, validated and saved
+        if ending_warm_start:
+            meter.reset()
             raw_model.set_compression(False)
             start_bases()
-            raw_model.set_compression(True)
+            received += meter.received_fwd
+        # the compressor's life: warm start (off), on, unplugged (off)
+        raw_model.set_compression(iter_num >= c.warm_start and not (c.unplug_at and iter_num >= c.unplug_at))
         record = {'iter': iter_num}
 
-        if iter_num % c.eval_interval == 0 or iter_num >= c.max_iters or c.eval_only:
-            if c.sync_every > 1:  # one model, not one per rank, is validated and saved
-                average(params + [t for state in optimizer.state.values() for t in state.values() if t.dim()])
+        if validating:
             val_loss = record['val_loss'] = validate()
             say(f'iter {iter_num}: val loss {val_loss:.4f}')
             best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
@@ -524,6 +557,8 @@ def main(argv=None):
         logging = record['iter'] % c.log_interval == 0 or iter_num == c.max_iters
         if logging:
             loss = mean_over_ranks(loss, 1)
+        if device.type == 'cuda' and (logging or iter_num % c.eval_interval == 0):
+            torch.cuda.synchronize()
         seconds += time.perf_counter() - start
         if logging:
             dt = (seconds - timed[1]) / (iter_num - timed[0])
@@ -533,10 +568,12 @@ def main(argv=None):
                           seconds=round(seconds, 3), sent_fwd=meter.sent_fwd, sent_bwd=meter.sent_bwd,
                           received_fwd=meter.received_fwd, received_bwd=meter.received_bwd, compression=compression)
             local_tokens = tokens_per_iter / world_size
-            say(f'iter {record["iter"]}: loss {loss:.4f}, time {dt * 1000:.0f}ms, {tokens_per_iter / dt:,.0f} tok/s, wire '
-                f'{meter.received_fwd / local_tokens:.0f} fwd + {meter.received_bwd / local_tokens:.0f} bwd B/token'
-                + (f', compression {compression:.1%}' if full_bytes else ' (one process)')
-                + (f', mfu {raw_model.estimate_mfu(tokens_per_iter / c.block_size, dt, peak_flops):.1%}' if peak_flops else ''))
+            text = (f'iter {record["iter"]}: loss {loss:.4f}, time {dt * 1000:.0f}ms, {tokens_per_iter / dt:,.0f} tok/s, wire '
+                    f'{meter.received_fwd / local_tokens:.0f} fwd + {meter.received_bwd / local_tokens:.0f} bwd B/token')
+            text += f', compression {compression:.1%}' if full_bytes else ' (ring of one)'
+            if peak_flops:
+                text += f', mfu {raw_model.estimate_mfu(tokens_per_iter / c.block_size, dt, peak_flops):.1%}'
+            say(text)
         if len(record) > 1:
             write(record)
     bar.close()
@@ -544,11 +581,13 @@ def main(argv=None):
     # -- what it came to
     n_iters = iter_num - first_iter
     if n_iters:
-        say(f'{n_iters} iterations, {n_iters * tokens_per_iter:,} tokens in {seconds - started:.0f}s; final loss {loss:.4f}, val loss {val_loss:.4f}')
+        say(f'{n_iters} iterations, {n_iters * tokens_per_iter:,} tokens in {seconds - started:.0f}s; '
+            f'final loss {loss:.4f}, val loss {val_loss:.4f}')
         if full_bytes:
-            gradients = sum(p.numel() * p.element_size() for p in (params if c.sync_every == 1 else basis_params))
-            say(f'received by rank 0 over the ring: {received / 1e6:,.1f} MB, uncompressed it would be {n_iters * full_bytes / 1e6:,.1f} MB; '
-                f'besides, {gradients / 1e6:.1f} MB of gradients are all-reduced per iteration')
+            synced = sum(p.numel() * p.element_size() for p in (params if c.sync_every == 1 else basis_params))
+            say(f'received by rank 0 over the ring: {received / 1e6:,.1f} MB, with --send=full it would be '
+                f'{n_iters * full_bytes / 1e6:,.1f} MB')
+            say(f'besides, {synced / 1e6:.1f} MB of gradients are all-reduced per iteration')
         if device.type == 'cuda':
             say(f'peak memory on rank 0: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB')
     if dist.is_initialized():
