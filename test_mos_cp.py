@@ -5,6 +5,7 @@ size (gloo, CPU); `pytest -k "every_rank and 2-"` selects those of two.
 """
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -124,8 +125,19 @@ def ring_equals_dense(ring):
 
 @check
 def ring_equals_dense_in_low_precision(ring):
-    for dtype in (torch.float32, torch.bfloat16):
-        attention_case(ring, 2 * ring.world_size, 3, 3, True, True, True, dtype)
+    merge, summed_in = kernels.merge, set()
+
+    def noting(out, *rest):
+        summed_in.add(out.dtype)
+        return merge(out, *rest)
+    kernels.merge = noting
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            for exact_local in (True, False):
+                attention_case(ring, 2 * ring.world_size, 3, 3, True, exact_local, True, dtype)
+    finally:
+        kernels.merge = merge
+    assert summed_in <= {torch.float32}, summed_in
 
 
 @check
@@ -360,6 +372,40 @@ def test_merge_does_not_overflow():
     assert out[0, 0, :, 0].tolist() == pytest.approx([1, 2], rel=1e-3) and lse[0, 0, 0] == 1e4
 
 
+def test_sums_over_blocks_are_float32(monkeypatch):
+    """256 + 1 + 1 is 256 if it is added up in bfloat16."""
+    T, hd, sizes = 16, 8, [256, 256]  # 4 chunks; the first two calls are the diagonal, and another chunk over the first
+
+    def numbers(dout, q, k, v, out, lse, causal):
+        size = sizes.pop() if sizes else 1
+        return tuple(torch.full_like(t, size) for t in (q, k, v))
+    monkeypatch.setattr(kernels, 'attention_backward', numbers)
+    q = torch.randn(1, 1, T, hd).bfloat16().requires_grad_()
+    payload = tuple(torch.randn(1, T, hd).bfloat16().requires_grad_() for _ in 'kv')
+    local_kv = tuple(torch.randn(1, 1, T, hd).bfloat16() for _ in 'kv')
+
+    def expand(payload, params, at):
+        return kernels.to_heads(*payload, torch.ones(len(at), hd // 2), torch.zeros(len(at), hd // 2))
+    out = ring_attention(q, payload, expand, (), local_kv, ring=Ring(), chunk_size=4, causal=False)
+    out.backward(torch.ones_like(out))
+    assert (q.grad[:, :, 4:8] == 258).all() and all((p.grad[:, 4:] == 258).all() for p in payload)
+    total = None
+    for n in (256, 1, 1):
+        total = ring_module._add(total, [torch.tensor(n).bfloat16()], torch.float32)
+    assert total[0] == 258
+
+
+def test_grouped_heads_without_the_cpu_operator(monkeypatch):
+    q, dout = torch.randn(2, 2, 6, 10, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, 10, 8, dtype=torch.float64)
+    out, lse = kernels.attention_forward(q, k, v, True)
+    expected = out, lse, *kernels.attention_backward(dout, q, k, v, out, lse, True)
+    monkeypatch.setattr(kernels, 'attention_backend', lambda *args: 'math')
+    found = *kernels.attention_forward(q, k, v, True), *kernels.attention_backward(dout, q, k, v, out, lse, True)
+    for a, b in zip(found, expected):
+        assert_close(a, b, 'grouped heads')
+
+
 def test_rope_depends_on_distance_alone():
     angle = torch.outer(torch.arange(20).double(), torch.tensor([1.0, 0.1], dtype=torch.float64))
     q, k = torch.randn(2, 1, 1, 1, 4, dtype=torch.float64)
@@ -432,16 +478,24 @@ def test_causality(options):
 
 
 def test_int4_and_topk_keep_what_they_say():
-    k, v = torch.randn(2, 2, 32, 16, dtype=torch.float64)
-    comp = small_model(send='int4').compressors[0]
-    for sent, rebuilt in zip((k, v), comp.unpack(comp.pack((k, v)))):
+    scale = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
+    k, v = torch.randn(2, 2, 32, 48, dtype=torch.float64) * scale.repeat_interleave(16)  # three heads of different size
+    comp = small_model(send='int4', n_kv_head=3).compressors[0]
+    for pair in zip((k, v), comp.unpack(comp.pack((k, v)))):
+        sent, rebuilt = (t.unflatten(-1, (3, 16)) for t in pair)
         assert ((sent - rebuilt).abs() <= sent.abs().amax(-1, keepdim=True) / 14 + 1e-12).all()  # half a step of 1/7
+    k, v = torch.randn(2, 2, 32, 16, dtype=torch.float64)
     comp = small_model(send='topk', topk=0.25).compressors[0]
     cos, sin = torch.ones(32, 8).double(), torch.zeros(32, 8).double()  # no rotation
     rebuilt = comp.expand(comp.compress(k, v), (), cos, sin)[0].squeeze(1)  # (B, T, d)
     kept = rebuilt != 0
     assert (kept.sum(-1) == 4).all() and torch.equal(rebuilt[kept], k[kept])
     assert (k.abs().masked_fill(~kept, 9).amin(-1) >= k.abs().masked_fill(kept, 0).amax(-1)).all()
+
+
+def test_compress_last():
+    kinds = [c.kind for c in small_model(n_layer=3, compress_last=False).compressors]
+    assert kinds == ['subspace', 'subspace', 'full']
 
 
 @pytest.mark.parametrize('joint_kv', (True, False))
@@ -520,7 +574,17 @@ def test_any_length_and_generate():
     assert torch.equal(out[:, 30], model(idx[:, :30])[0][:, -1].argmax(-1))
     with pytest.raises(ValueError, match=r'sequence length \(33\) is above block_size \(32\)'):
         model(torch.zeros(1, 33, dtype=torch.int64))
+    assert model.flops_per_token() == 6 * model.get_num_params() + 6 * 2 * 48 * 32
     assert model.estimate_mfu(2, 0.5, 1e12) == pytest.approx(model.flops_per_token() * 32 * 2 / 0.5 / 1e12)
+
+
+def test_only_matrices_decay():
+    for options in (dict(), dict(basis='rotated')):
+        model = small_model(**options)
+        groups = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu').param_groups
+        decay = {id(p): g['weight_decay'] for g in groups for p in g['params']}
+        for name, p in model.named_parameters():
+            assert decay[id(p)] == (0.1 if p.dim() == 2 and 'compressor' not in name else 0.0), name
 
 
 @pytest.mark.parametrize('options, message', (
@@ -539,9 +603,9 @@ def test_bad_configurations_are_refused(options, message):
 # -----------------------------------------------------------------------------
 # train.py
 
-SMALL = ['--block_size=128', '--n_chunks=8', '--n_layer=2', '--n_head=2', '--n_embd=32', '--batch_size=2', '--warm_start=3',
+SMALL = ['--block_size=128', '--n_chunks=8', '--n_layer=2', '--n_head=2', '--n_embd=32', '--batch_size=1', '--warm_start=3',
          '--max_iters=12', '--lr_decay_iters=12', '--eval_interval=6', '--eval_iters=2', '--log_interval=1', '--sample_tokens=0',
-         '--gradient_accumulation_steps=2', '--dtype=float64', '--warmup_iters=2', '--rank_k=0.1', '--rank_v=0.1']
+         '--gradient_accumulation_steps=4', '--dtype=float64', '--warmup_iters=2', '--rank_k=0.1', '--rank_v=0.1']
 
 
 def small_run(out_dir, *argv):
@@ -576,7 +640,49 @@ def test_log_and_falling_loss(reference_run):
     assert [r['iter'] for r in records] == list(range(13)) and [r['iter'] for r in records if 'val_loss' in r] == [0, 6, 12]
     assert set(records[1]) == {'iter', 'loss', 'lr', 'grad_norm', 'tokens', 'seconds', 'sent_fwd', 'sent_bwd', 'received_fwd',
                                'received_bwd', 'compression'}
-    assert records[11]['loss'] < records[0]['loss'] - 0.5 and records[11]['tokens'] == 12 * 2 * 2 * 128
+    assert records[11]['loss'] < records[0]['loss'] - 0.5 and records[11]['tokens'] == 12 * 4 * 128
+
+
+def test_learning_rate():
+    c, _ = train.parse_config(['--learning_rate=1', '--min_lr=0.1', '--warmup_iters=10', '--max_iters=110'])
+    rates = [train.learning_rate(it, c) for it in (0, 9, 10, 60, 110, 500)]
+    assert rates == pytest.approx([1 / 11, 10 / 11, 1, 0.55, 0.1, 0.1])
+
+
+def test_validation_reads_val_data_and_may_keep_only_the_best(tmp_path):
+    for name in 'ab':
+        (tmp_path / name).write_text(1000 * name)
+    argv = f'--data={tmp_path}/a', f'--val_data={tmp_path}/b', '--learning_rate=0.02'
+    records = small_run(tmp_path, *argv, '--always_save_checkpoint=False')['records']
+    assert records[-1]['val_loss'] > records[0]['val_loss'] > records[11]['loss'] + 1
+    assert not (tmp_path / 'ckpt.pt').exists()  # it got worse and worse
+    small_run(tmp_path, *argv)
+    assert (tmp_path / 'ckpt.pt').exists()
+
+
+def test_life_of_the_compressor(tmp_path, monkeypatch):
+    """Off, the bases set once, on, and off again."""
+    life, forward, set_bases = [], GPT.forward, GPT.set_bases
+
+    def noting(self, *args):
+        if torch.is_grad_enabled():
+            life.append(self.compressors[0].on)
+        return forward(self, *args)
+    monkeypatch.setattr(GPT, 'forward', noting)
+    monkeypatch.setattr(GPT, 'set_bases', lambda self, moments: (life.append('start'), set_bases(self, moments)))
+    small_run(tmp_path, '--gradient_accumulation_steps=1', '--unplug_at=7', '--warm_basis=weights')
+    assert life == [False] * 3 + ['start'] + [True] * 4 + [False] * 5
+
+
+def test_gradients_are_clipped(tmp_path):
+    """Gradients far below AdamW's epsilon move nothing."""
+    records = small_run(tmp_path, '--grad_clip=1e-12')['records']
+    assert records[11]['loss'] > records[0]['loss'] - 0.1
+
+
+def test_bf16_trains(tmp_path, reference_run):
+    records = small_run(tmp_path, '--dtype=bfloat16')['records']
+    assert records[-1]['val_loss'] == pytest.approx(reference_run[1]['val_loss'], rel=0.02)
 
 
 def test_resume_is_bit_equal(reference_run, tmp_path):
@@ -594,7 +700,7 @@ def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
     """2 x 2 processes give the numbers of one, bytes included, and start from its checkpoint."""
     records = torchrun(4, tmp_path, '--cp=2')
     assert_same_log(records, reference_run[1]['records'])
-    full = 3 * 2 * 32 * 8 * 64 * 2 * 2  # K, V again and their gradients; d, float64, tokens, layers, batch of one micro-step
+    full = 3 * 2 * 32 * 8 * 64 * 2 * 2  # K, V again and their gradients; d, float64, tokens, layers, sequences
     assert [r['received_fwd'] + r['received_bwd'] for r in records[:12]] == 3 * [full] + 9 * [full * 2 * 6 // (3 * 2 * 32)]
     assert records[5]['compression'] == pytest.approx(1 - 2 * 6 / (3 * 2 * 32))
 
@@ -617,7 +723,9 @@ def test_weights_averaged_every_few_steps(reference_run, tmp_path):
     assert records[2]['loss'] != pytest.approx(expected[2]['loss'], rel=1e-9)
     assert records[-1]['val_loss'] == pytest.approx(expected[-1]['val_loss'], rel=0.05)
     drift = json.loads((tmp_path / 'whole' / 'drift.json').read_text())
-    assert len(drift) > 3 and all(basis == 0 for basis, _ in drift) and max(weights for _, weights in drift) > 1e-5
+    assert len(drift) > 3 and all(basis == 0 for basis, _, _ in drift) and max(weights for _, weights, _ in drift) > 1e-5
+    n_weights = min(n for *_, n in drift)
+    assert {n for *_, n in drift} == {n_weights, 3 * n_weights}  # before saving, AdamW's two moments are averaged too
     (tmp_path / 'parts').mkdir()
     (tmp_path / 'whole' / 'ckpt6.pt').rename(tmp_path / 'parts' / 'ckpt.pt')
     resumed = torchrun(2, tmp_path / 'parts', *argv, '--init_from=resume')
@@ -641,7 +749,7 @@ def measure_drift(argv):
                 dist.all_gather(others, t.detach())
                 is_basis = tuple(t.shape) == (64, 6)  # U0: [K, V] in R^64, r_k + r_v = 6
                 apart[is_basis] = max(apart[is_basis], (others[0] - others[1]).abs().max().item())
-            drift.append((apart[True], apart[False]))
+            drift.append((apart[True], apart[False], len(tensors)))
         average(tensors)
     train.average = noting
     train.save_checkpoint = lambda path, checkpoint: [
@@ -679,13 +787,22 @@ def test_bad_flags_are_refused(argv, message, tmp_path):
 def test_flags():
     c, checkpoint = train.parse_config(['--preset=800m', '--method', 'paper', '--block_size', '4096', '--compile', '--rank_k=0.1'])
     assert (c.n_layer, c.n_embd, c.n_head, c.block_size, c.compile, c.rank_k) == (8, 2048, 8, 4096, True, 0.1)
-    assert (c.basis, c.exact_local, c.joint_kv, c.generator, c.compress_last, c.sync_every) == ('rotated', False, False, 'frobenius', False, 200)
+    assert (c.basis, c.exact_local, c.joint_kv, c.generator, c.compress_last, c.sync_every) == (
+        'rotated', False, False, 'frobenius', False, 200)
+    assert (c.theta_clip, c.exp, c.n_generators, c.rank_v, c.warm_basis) == (0.5, 'taylor', 1, 0.05, 'weights')
     assert checkpoint is None
     with pytest.raises(ValueError, match=r'n_chunks \(16\) must be a multiple of 2 \* cp \(6\): change --n_chunks or --cp'):
         zigzag(16, 3, 0)
     assert set(train.MODEL_FLAGS) == set(GPTConfig.__dataclass_fields__) - {'rope_base'}
     assert {name: d for name, d, _ in train.FLAGS if name in train.MODEL_FLAGS} == {
         **{name: f.default for name, f in GPTConfig.__dataclass_fields__.items() if name != 'rope_base'}, 'vocab_size': 0}
+
+
+def test_readme_names_only_flags_that_exist():
+    text = Path(__file__).with_name('README.md').read_text()
+    known = {name for name, _, _ in train.FLAGS} | {'standalone', 'nproc_per_node', 'nnodes', 'node_rank', 'master_addr',
+                                                   'master_port', 'help'}
+    assert set(re.findall(r'--([a-z_0-9]+)', text)) <= known
 
 
 def test_readers(tmp_path):
