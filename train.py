@@ -4,7 +4,7 @@ Train a GPT on long sequences split over several workers, with compressed ring a
     python train.py                                               # one process
     torchrun --standalone --nproc_per_node=2 train.py             # two, on CPUs or GPUs
     torchrun --standalone --nproc_per_node=2 train.py --send=full # the same, uncompressed
-    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=HOST --master_port=29500 train.py --preset=124m
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=4 --master_addr=HOST --master_port=29500 train.py --preset=124m
 
 `python train.py --help` lists every flag. Read next: mos_cp.py (the model), ring.py (the wire).
 """
@@ -123,7 +123,8 @@ PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, by 
 # A flag on the command line that would do nothing is an error: flag -> the values of others it needs
 LOSSY = ('local', 'topk', 'int4', 'subspace')
 NEEDS = {**dict.fromkeys(('exact_local', 'compress_last', 'unplug_at'), {'send': LOSSY}),
-         **dict.fromkeys(('basis', 'joint_kv', 'rank_k', 'rank_v', 'warm_start', 'warm_basis'), {'send': ('subspace',)}),
+         **dict.fromkeys(('basis', 'joint_kv', 'rank_k', 'rank_v', 'warm_start', 'warm_basis'),
+                         {'send': ('subspace',)}),
          **dict.fromkeys(('generator', 'n_generators', 'exp', 'theta_clip'),
                          {'send': ('subspace',), 'basis': ('rotated',)}),
          'topk': {'send': ('topk',)}}
