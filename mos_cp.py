@@ -82,8 +82,8 @@ class GPTConfig:
         if self.send == 'subspace' and self.basis == 'rotated' and self.generator == 'principal':
             for d, r in self.subspaces:
                 if (self.n_generators + 1) * r > d:
-                    raise ValueError(f'generator=principal needs (n_generators + 1) * r ({self.n_generators + 1} * {r}) '
-                                     f'to be at most d ({d}): lower --n_generators or --rank_k and --rank_v')
+                    raise ValueError(f'generator=principal needs (n_generators + 1) * r ({self.n_generators + 1} * {r})'
+                                     f' to be at most d ({d}): lower --n_generators or --rank_k and --rank_v')
         if self.send != 'full' and not self.compress_last and self.n_layer == 1:
             raise ValueError('compress_last=False leaves nothing to compress when n_layer is 1: change one of them')
 
@@ -402,8 +402,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """
         idx, targets: (B, T) token numbers, -1 in targets is ignored. With a ring of several ranks they are this
-        rank's shard (`ring.shard`), and `loss` is the mean over its tokens: all shards are equally long, so
-        the mean over ranks is the mean over the sequence.
+        rank's shard (`ring.shard`), and `loss` is the mean over its tokens: shards are equally long, so, as long
+        as no target is ignored, the mean over ranks is the mean over the sequence.
 
         Returns logits (B, T, vocab_size) and loss (None without targets).
         Raises ValueError if the sequence is too long or cannot be cut into chunks for the ring.

@@ -117,9 +117,16 @@ class Ring:
         return token_positions(n_local * self.world_size, chunk_size, self.world_size, rank, device)
 
     def shard(self, x, chunk_size):
-        """This rank's part of x (B, T, ...), the same on all ranks of the ring -> (B, T / world_size, ...)."""
-        n_local = x.shape[1] // self.world_size
-        return x[:, self.positions(n_local, chunk_size, x.device)]
+        """
+        This rank's part of x (B, T, ...), the same on all ranks of the ring -> (B, T / world_size, ...).
+        Raises ValueError if T is not a multiple of 2 * world_size chunks.
+        """
+        if self.world_size == 1:
+            return x
+        if x.shape[1] % chunk_size:
+            raise ValueError(f'sequence length ({x.shape[1]}) must be a multiple of the chunk size ({chunk_size})')
+        zigzag(x.shape[1] // chunk_size, self.world_size, self.rank)  # says what is wrong with the number of chunks
+        return x[:, self.positions(x.shape[1] // self.world_size, chunk_size, x.device)]
 
     def exchange(self, tensors, to, source, phase):
         """

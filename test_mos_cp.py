@@ -270,6 +270,22 @@ def meter_equals_formula(ring):
 
 
 @check
+def bad_lengths_are_refused(ring):
+    if ring.world_size == 1:
+        return
+    model = small_model(ring)
+    for call, message in ((lambda: ring.shard(torch.zeros(1, 33), 4), 'sequence length (33) must be a multiple of the chunk size (4)'),
+                          (lambda: ring.shard(torch.zeros(1, 4), 4), 'n_chunks (1) must be a multiple of 2 * cp'),
+                          (lambda: model(torch.zeros(1, 3).long()), 'shard length (3) must be a multiple of block_size / n_chunks (4)')):
+        try:
+            call()
+        except ValueError as e:
+            assert message in str(e), e
+        else:
+            raise RuntimeError(f'not refused: {message}')
+
+
+@check
 def warm_start_agrees_over_ranks(ring):
     """Moments summed over ranks are those of one process; the bases they give are the same subspaces."""
     idx = torch.randint(50, (2, 32), generator=torch.Generator().manual_seed(1))

@@ -190,9 +190,9 @@ def parse_config(argv):
                 fail(f'--{name}={given[name]} differs from the checkpoint, which has {saved[name]}')
         config.update(saved)
     config.update(given)
-    for name in given.keys() & NEEDS.keys():
-        for flag, values in NEEDS[name].items():
-            if config[flag] not in values:
+    for name, needs in NEEDS.items():
+        for flag, values in needs.items():
+            if name in given and config[flag] not in values:
                 fail(f'--{name} does nothing with --{flag}={config[flag]}: it needs --{flag}={" or ".join(values)}')
     for name, lowest in LOWEST.items():
         if config[name] < lowest:
@@ -569,8 +569,9 @@ def main(argv=None):
                           seconds=round(seconds, 3), sent_fwd=meter.sent_fwd, sent_bwd=meter.sent_bwd,
                           received_fwd=meter.received_fwd, received_bwd=meter.received_bwd, compression=compression)
             local_tokens = tokens_per_iter / world_size
-            text = (f'iter {record["iter"]}: loss {loss:.4f}, time {dt * 1000:.0f}ms, {tokens_per_iter / dt:,.0f} tok/s, wire '
-                    f'{meter.received_fwd / local_tokens:.0f} fwd + {meter.received_bwd / local_tokens:.0f} bwd B/token')
+            fwd, bwd = meter.received_fwd / local_tokens, meter.received_bwd / local_tokens
+            text = (f'iter {record["iter"]}: loss {loss:.4f}, time {dt * 1000:.0f}ms, {tokens_per_iter / dt:,.0f} tok/s, '
+                    f'wire {fwd:.0f} fwd + {bwd:.0f} bwd B/token')
             text += f', compression {compression:.1%}' if full_bytes else ' (ring of one)'
             if peak_flops:
                 text += f', mfu {raw_model.estimate_mfu(tokens_per_iter / c.block_size, dt, peak_flops):.1%}'
