@@ -3,6 +3,7 @@ Tests. The oracle is one process with one dense softmax in float64, differentiat
 parallel path must equal it on every rank. Checks that need several processes run in one spawn per world
 size (gloo, CPU); `pytest -k "every_rank and 2-"` selects those of two.
 """
+import itertools
 import json
 import os
 import re
@@ -71,56 +72,54 @@ def check(f):
 
 
 def attention_case(ring, n_chunks, n_head, n_kv_head, causal, exact_local, keep, dtype=torch.float64):
-    """One random ring attention with positions, a shared weight and a second, coarser payload tensor."""
+    """One random ring attention with positions, a shared weight and a second, coarser payload tensor, against the oracle."""
     g = torch.Generator().manual_seed(0)
     B, hd, L = 2, 8, 4
     T = n_chunks * L
 
     def random(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64)
-    q, k, v, dout = (random(B, h, T, hd) for h in (n_head, n_kv_head, n_kv_head, n_head))
-    latent, per_chunk, weight = random(B, T, 5), random(B, n_chunks, 1), random(5, 2 * n_kv_head * hd)
+    whole = dict(q=random(B, n_head, T, hd), k=random(B, n_kv_head, T, hd), v=random(B, n_kv_head, T, hd),
+                 latent=random(B, T, 5), per_chunk=random(B, n_chunks, 1), weight=random(5, 2 * n_kv_head * hd))
+    dout = random(B, n_head, T, hd)
     angle = torch.outer(torch.arange(T).double(), 0.7 ** torch.arange(hd // 2))
+    my_tokens = ring.positions(T // ring.world_size, L, 'cpu')
+    my_chunks = torch.tensor(zigzag(n_chunks, ring.world_size, ring.rank))
+
+    def part(name, x):
+        """What this rank holds of a tensor."""
+        if name == 'weight':
+            return x
+        return x[:, my_chunks] if name == 'per_chunk' else x[:, my_tokens] if name == 'latent' else x[:, :, my_tokens]
 
     def expand(payload, params, positions):
         z, s = payload
         kv = z.unflatten(1, (s.shape[1], -1)) * s[:, :, None] @ params[0].to(z.dtype)  # (B, c, L, 2 * Hkv * hd)
         return kernels.to_heads(*kv.flatten(1, 2).chunk(2, -1), angle[positions].cos(), angle[positions].sin())
 
-    def run(attention, ring, mine):
-        def leaf(x, dim):
-            return (x if mine is None else x.index_select(dim, mine if x.shape[dim] == T else my_chunks)).to(dtype).requires_grad_()
-        my_chunks = torch.tensor(zigzag(n_chunks, ring.world_size, ring.rank))
-        tensors = [leaf(q, 2), leaf(k, 2), leaf(v, 2), leaf(latent, 1), leaf(per_chunk, 1), weight.clone().requires_grad_()]
-        out = attention(tensors[0], tuple(tensors[3:5]), expand, (tensors[5],), tuple(tensors[1:3]) if exact_local else None,
-                        ring=ring, chunk_size=L, causal=causal, keep=keep)
-        used = tensors if exact_local else [tensors[0], *tensors[3:]]
-        return out, torch.autograd.grad(out, used, leaf(dout, 2).detach())
+    def run(attention, ring, tensors, dout):
+        t = {name: x.clone().requires_grad_() for name, x in tensors.items() if exact_local or name not in 'kv'}
+        out = attention(t['q'], (t['latent'], t['per_chunk']), expand, (t['weight'],),
+                        (t['k'], t['v']) if exact_local else None, ring=ring, chunk_size=L, causal=causal, keep=keep)
+        return out, dict(zip(t, torch.autograd.grad(out, list(t.values()), dout)))
 
-    mine = ring.positions(T // ring.world_size, L, 'cpu')
-    expected_out, expected = run(dense_attention, Ring(), None)
-    out, found = run(ring_attention, ring, mine)
-    if ring.world_size > 1:  # dweight: every rank has the share of its own queries
-        dist.all_reduce(found[-1], group=ring.group)
-    my_chunks = torch.tensor(zigzag(n_chunks, ring.world_size, ring.rank))
+    expected_out, expected = run(dense_attention, Ring(), whole, dout)
+    mine = {name: part(name, x).to(torch.float64 if name == 'weight' else dtype) for name, x in whole.items()}
+    out, found = run(ring_attention, ring, mine, part('dout', dout).to(dtype))
+    if ring.world_size > 1:  # every rank has the share of its own queries
+        dist.all_reduce(found['weight'], group=ring.group)
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
     assert out.dtype == dtype
-    assert_close(out.double(), expected_out[:, :, mine], 'out', tolerance)
-    names = ['dq', *(['dk', 'dv'] if exact_local else []), 'dlatent', 'dper_chunk', 'dweight']
-    for name, a, b in zip(names, found, expected):
-        if name != 'dweight':
-            b = b.index_select(*((1, my_chunks) if name == 'dper_chunk' else (1 if name == 'dlatent' else 2, mine)))
-        assert_close(a.double(), b, name, tolerance)
+    assert_close(out.double(), part('out', expected_out), 'out', tolerance)
+    for name in found:
+        assert_close(found[name].double(), part(name, expected[name]), 'd' + name, tolerance)
 
 
 @check
 def ring_equals_dense(ring):
-    for chunks_per_rank in (2, 4):
-        for n_head, n_kv_head in ((3, 3), (3, 1), (4, 2)):
-            for causal in (True, False):
-                for exact_local in (True, False):
-                    for keep in (True, False):
-                        attention_case(ring, chunks_per_rank * ring.world_size, n_head, n_kv_head, causal, exact_local, keep)
+    for chunks_per_rank, heads in itertools.product((2, 4), ((3, 3), (3, 1), (4, 2))):
+        for causal, exact_local, keep in itertools.product((True, False), repeat=3):
+            attention_case(ring, chunks_per_rank * ring.world_size, *heads, causal, exact_local, keep)
 
 
 @check
@@ -181,8 +180,10 @@ OPTIONS = [  # what a model can send
     dict(), dict(compress_last=False), dict(joint_kv=False), dict(exact_local=False), dict(basis='fixed'),
     dict(basis='fixed', joint_kv=False, exact_local=False),
     dict(basis='rotated'), dict(basis='rotated', joint_kv=False, exact_local=False, compress_last=False),
-    dict(basis='rotated', generator='spectral', n_generators=3), dict(basis='rotated', generator='spectral', exp='exact', n_generators=2),
-    dict(basis='rotated', generator='principal', exp='exact', n_generators=2), dict(basis='rotated', generator='principal', theta_clip=0.0),
+    dict(basis='rotated', generator='spectral', n_generators=3),
+    dict(basis='rotated', generator='spectral', exp='exact', n_generators=2),
+    dict(basis='rotated', generator='principal', exp='exact', n_generators=2),
+    dict(basis='rotated', generator='principal', theta_clip=0.0),
 ]
 
 
@@ -274,9 +275,10 @@ def bad_lengths_are_refused(ring):
     if ring.world_size == 1:
         return
     model = small_model(ring)
-    for call, message in ((lambda: ring.shard(torch.zeros(1, 33), 4), 'sequence length (33) must be a multiple of the chunk size (4)'),
-                          (lambda: ring.shard(torch.zeros(1, 4), 4), 'n_chunks (1) must be a multiple of 2 * cp'),
-                          (lambda: model(torch.zeros(1, 3).long()), 'shard length (3) must be a multiple of block_size / n_chunks (4)')):
+    for call, message in (
+            (lambda: ring.shard(torch.zeros(1, 33), 4), 'sequence length (33) must be a multiple of the chunk size (4)'),
+            (lambda: ring.shard(torch.zeros(1, 4), 4), 'n_chunks (1) must be a multiple of 2 * cp'),
+            (lambda: model(torch.zeros(1, 3).long()), 'shard length (3) must be a multiple of block_size / n_chunks (4)')):
         try:
             call()
         except ValueError as e:
@@ -379,12 +381,14 @@ def test_attention_backends_agree(causal):
     out, lse = kernels._math_forward(q, k, v, causal)
     for a, b in zip(kernels.attention_forward(q, k, v, causal), (out, lse)):
         assert_close(a, b, 'forward')
-    for a, b in zip(kernels.attention_backward(dout, q, k, v, out, lse, causal), kernels._math_backward(dout, q, k, v, out, lse, causal)):
+    args = dout, q, k, v, out, lse, causal
+    for a, b in zip(kernels.attention_backward(*args), kernels._math_backward(*args)):
         assert_close(a, b, 'backward')
 
 
 def test_merge_does_not_overflow():
-    out, lse = kernels.merge(torch.ones(1, 1, 2, 4), torch.tensor([[[1e4, -1e4]]]), 3 * torch.ones(1, 1, 2, 4), torch.tensor([[[-1e4, -1e4]]]))
+    ones = torch.ones(1, 1, 2, 4)
+    out, lse = kernels.merge(ones, torch.tensor([[[1e4, -1e4]]]), 3 * ones, torch.tensor([[[-1e4, -1e4]]]))
     assert out[0, 0, :, 0].tolist() == pytest.approx([1, 2], rel=1e-3) and lse[0, 0, 0] == 1e4
 
 
@@ -427,7 +431,8 @@ def test_rope_depends_on_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 4, dtype=torch.float64)
 
     def score(t, s):
-        return (kernels.rope(q, angle[[t]].cos(), angle[[t]].sin()) * kernels.rope(k, angle[[s]].cos(), angle[[s]].sin())).sum()
+        q_t, k_s = (kernels.rope(x, angle[[i]].cos(), angle[[i]].sin()) for x, i in ((q, t), (k, s)))
+        return (q_t * k_s).sum()
     assert_close(score(7, 3), score(19, 15), 'score')
     assert relative_error(score(7, 3), score(7, 4)) > 1e-3
 
@@ -445,7 +450,8 @@ def test_rotation(generator, k):
     for exp in ('exact', 'taylor'):
         config = GPTConfig(basis='rotated', generator=generator, n_generators=k, exp=exp, rank_k=0.01, rank_v=0.02)
         s = mos_cp.Subspace(d, r, config, torch.Generator().manual_seed(0)).double()
-        s.set_basis(torch.linalg.qr(torch.randn(d, s.n_directions, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0])
+        directions = torch.randn(d, s.n_directions, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        s.set_basis(torch.linalg.qr(directions)[0])
         U[exp] = s.basis(theta)  # (B, c, d, r)
     assert_close(U['exact'].mT @ U['exact'], torch.eye(r).double().expand(B, c, r, r), 'U^T U')
     assert relative_error(U['exact'], s.U0.expand(B, c, d, r)) > 0.01
@@ -543,7 +549,8 @@ def test_warm_start_reduces_reconstruction_error(joint_kv):
     errors = [error()]
     for idx in (None, batch(0)[0]):
         model.set_bases(model.basis_moments(idx))
-        assert_close(attn.compressor.subspaces[0].U0.T @ attn.compressor.subspaces[0].U0, torch.eye(attn.compressor.subspaces[0].U0.shape[1]), 'U0', 1e-5)
+        U0 = attn.compressor.subspaces[0].U0
+        assert_close(U0.T @ U0, torch.eye(U0.shape[1]), 'U0', 1e-5)
         errors.append(error())
     assert errors[2] < 0.9 * errors[1] < 0.9 * errors[0], errors
 
@@ -788,7 +795,8 @@ def measure_drift(argv):
     (['--block_size=1600000'], r'block_size \(1600000\) must be below the length of the validation data'),
     (['--warm_start=500'], r'warm_start \(500\) must be below max_iters \(250\)'), (['--batch_size=0'], r'batch_size \(0\)'),
     (['--data=no/such/file'], "no file matches 'no/such/file'"), (['--init_from=resume'], 'there is no .*ckpt.pt'),
-    (['--vocab_size=100'], r'outside vocab_size \(100\)'), (['--device=cuda'], r'needs a GPU per process: 1 processes on this machine, 0 GPUs'),
+    (['--vocab_size=100'], r'outside vocab_size \(100\)'),
+    (['--device=cuda'], r'needs a GPU per process: 1 processes on this machine, 0 GPUs'),
 ))
 def test_bad_flags_are_refused(argv, message, tmp_path):
     if '--device=cuda' in argv and torch.cuda.is_available():
@@ -831,13 +839,15 @@ def test_readers(tmp_path):
     assert np.array_equal(train.read_tokens(tmp_path / 'text.txt'), np.tile(np.arange(256), 4))
     assert np.array_equal(train.read_tokens(tmp_path / 'plain.bin'), tokens)
     shards, val = train.load_data(str(tmp_path / 'shard_*.bin'), str(tmp_path / 'plain.bin'))
-    assert np.array_equal(np.concatenate(shards), tokens) and len(val) == 1 and train.check_data('training', shards, 50, 0) == 1000
+    assert np.array_equal(np.concatenate(shards), tokens) and len(val) == 1
+    assert train.check_data('training', shards, 50, 0) == 1000
     x, y = train.get_batch(shards, 64, 50, np.random.default_rng(0))
     assert x.shape == (64, 50) and torch.equal(x + 1, y)  # no window crosses from one shard into the next
     assert x[:, 0].min() < 300 and x[:, 0].max() > 600
     train_part, val_part = train.load_data(str(tmp_path / 'plain.bin'))
     assert np.array_equal(np.concatenate(train_part + val_part), tokens) and len(val_part[0]) == 100
-    for content, message in ((b'', 'is empty'), (b'abc', r'odd number of bytes \(3\)'), (header.tobytes() + b'ab', 'has header version 1 and 600 tokens'),
+    for content, message in ((b'', 'is empty'), (b'abc', r'odd number of bytes \(3\)'),
+                             (header.tobytes() + b'ab', 'has header version 1 and 600 tokens'),
                              (header[:100].tobytes(), 'by its size, 0 tokens')):
         (tmp_path / 'bad.bin').write_bytes(content)
         with pytest.raises(ValueError, match=message):
