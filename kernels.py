@@ -85,11 +85,11 @@ BACKENDS = {'cudnn': (_cudnn_forward, _cudnn_backward), 'flash': (_flash_forward
 def attention_backend(device_type, dtype, head_dim):
     """
     Name of the fastest block attention this device runs, found by trying: 'cudnn' or 'flash' on CUDA
-    (bf16, fp16), 'cpu' (PyTorch's CPU flash attention), else 'math', which holds Tq x Tk scores.
+    in bf16, 'cpu' (PyTorch's CPU flash attention), else 'math', which holds Tq x Tk scores.
     """
     if device_type == 'cpu':
         return 'cpu'
-    if device_type == 'cuda' and dtype in (torch.bfloat16, torch.float16):
+    if device_type == 'cuda' and dtype == torch.bfloat16:
         q = torch.zeros(1, 1, 128, head_dim, dtype=dtype, device='cuda')
         for name in ('cudnn', 'flash'):
             forward, backward = BACKENDS[name]
@@ -185,7 +185,7 @@ def compress(zs, U, n_chunks):
 
 
 def expand(z, U, n_chunks):
-    """Z_hat = Z_comp U^T, the inverse on the subspace. z: (B, T, r) -> (B, T, d)."""
+    """Z_hat = Z_comp U^T, back from the subspace; U as in `compress`. z: (B, T, r) -> (B, T, d)."""
     return (z.unflatten(1, (n_chunks, -1)) @ U.to(z.dtype).transpose(-2, -1)).flatten(1, 2)
 
 

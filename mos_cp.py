@@ -88,6 +88,11 @@ class GPTConfig:
             raise ValueError('compress_last=False leaves nothing to compress when n_layer is 1: change one of them')
 
     @property
+    def chunk_size(self):
+        """Tokens in a chunk."""
+        return self.block_size // self.n_chunks
+
+    @property
     def head_dim(self):
         return self.n_embd // self.n_head
 
@@ -129,7 +134,9 @@ class Subspace(nn.Module):
     """
     One r-dimensional subspace of R^d, or a family of them, U(theta) = R(theta) U0 (paper, Algorithm 1).
 
-    basis=fixed: U0 alone. learned: U0 is a parameter. rotated: R(theta) = exp(sum_l theta_l A_l) with fixed
+    d: n_kv_head * hd, or twice that for [K, V]. U0 starts with orthonormal columns.
+
+    basis=fixed: U0 alone. learned: U0 is a free parameter. rotated: R(theta) = exp(sum_l theta_l A_l) with fixed
     skew-symmetric A_l, and theta = psi(mean of the chunk's keys or values): a mixture of subspaces.
     """
 
@@ -212,15 +219,16 @@ class Compressor(nn.Module):
         super().__init__()
         self.config, self.on = config, True
         last = layer == config.n_layer - 1
-        self.kind = 'full' if last and not config.compress_last else config.send
+        self.configured = 'full' if last and not config.compress_last else config.send
         # its own random numbers: the model's initial weights must not depend on what is sent
         rng = torch.Generator().manual_seed(1000 + layer)
-        subspaces = config.subspaces if self.kind == 'subspace' else []
+        subspaces = config.subspaces if self.configured == 'subspace' else []
         self.subspaces = nn.ModuleList(Subspace(d, r, config, rng) for d, r in subspaces)
 
     @property
     def send(self):
-        return self.kind if self.on else 'full'
+        """What is sent now."""
+        return self.configured if self.on else 'full'
 
     @property
     def exact_local(self):
@@ -236,8 +244,8 @@ class Compressor(nn.Module):
         """The tensors `expand` needs gradients for: the learned basis."""
         return tuple(s.U0 for s in self.subspaces if s.learned) if self.send == 'subspace' else ()
 
-    def n_chunks(self, n_tokens):
-        return n_tokens * self.config.n_chunks // self.config.block_size
+    def chunks_in(self, n_tokens):
+        return n_tokens // self.config.chunk_size
 
     def group(self, k, v):
         """Keys and values as the subspaces see them: both in one, or one each."""
@@ -258,7 +266,7 @@ class Compressor(nn.Module):
             where = [t.abs().topk(n, dim=-1).indices for t in (k, v)]
             index_dtype = torch.int16 if k.shape[-1] <= 2**15 else torch.int32
             return (*(t.gather(-1, i) for t, i in zip((k, v), where)), *(i.to(index_dtype) for i in where))
-        c, groups = self.n_chunks(k.shape[1]), self.group(k, v)
+        c, groups = self.chunks_in(k.shape[1]), self.group(k, v)
         theta = [s.theta(zs, c) for s, zs in zip(self.subspaces, groups) if s.rotated]
         return (*(kernels.compress(zs, U, c) for zs, U in zip(groups, self.bases(theta))), *theta)
 
@@ -275,7 +283,7 @@ class Compressor(nn.Module):
             return kernels.to_heads(k, v, cos, sin)
         n = len(self.subspaces)
         latents, theta = payload[:n], payload[n:]
-        return kernels.expand_to_heads(latents, params or self.bases(theta), cos, sin, self.n_chunks(cos.shape[0]))
+        return kernels.expand_to_heads(latents, params or self.bases(theta), cos, sin, self.chunks_in(cos.shape[0]))
 
     def pack(self, payload):
         """int4: to 4 bits with one scale a head and token, two to a byte. Else the payload as it is."""
@@ -312,7 +320,7 @@ class Compressor(nn.Module):
         if send == 'topk':  # where the entries stood travels forward only
             n = 2 * max(1, round(c.topk * c.kv_dim)) * n_tokens
             return n * (itemsize + (2 if c.kv_dim <= 2**15 else 4)), n * itemsize
-        theta = c.n_generators * self.n_chunks(n_tokens) if c.basis == 'rotated' else 0
+        theta = c.n_generators * self.chunks_in(n_tokens) if c.basis == 'rotated' else 0
         numbers = sum(r * n_tokens + theta for _, r in c.subspaces)
         return numbers * itemsize, numbers * itemsize
 
@@ -334,7 +342,7 @@ class Attention(nn.Module):
 
     def forward(self, x, ring, cos, sin, here):
         """x: (B, T, n_embd), this rank's tokens; cos, sin: (block_size, hd/2); here: positions of x, (T,)."""
-        comp, chunk_size = self.compressor, self.config.block_size // self.config.n_chunks
+        comp = self.compressor
         q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)  # (B, T, n_embd), (B, T, d), (B, T, d)
         if self.moments is not None:
             self.moments += [second_moment(torch.cat(zs, dim=-1).flatten(0, 1).T) for zs in comp.group(k, v)]
@@ -343,9 +351,9 @@ class Attention(nn.Module):
         q = q.unflatten(-1, (-1, self.config.head_dim))  # (B, T, H, hd)
         q = kernels.rope(q, cos[here], sin[here]).transpose(1, 2)  # (B, H, T, hd)
         y = ring_attention(q, payload, lambda payload, params, at: comp.expand(payload, params, cos[at], sin[at]),
-                           comp.params, (k, v) if comp.exact_local else None, ring=ring, chunk_size=chunk_size,
-                           keep=comp.keep, pack=comp.pack, unpack=comp.unpack)  # (B, H, T, hd)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
+                           comp.params, (k, v) if comp.exact_local else None, ring=ring,
+                           chunk_size=self.config.chunk_size, keep=comp.keep, pack=comp.pack, unpack=comp.unpack)
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # y: (B, H, T, hd)
 
 
 class MLP(nn.Module):
@@ -393,7 +401,7 @@ class GPT(nn.Module):
 
     @property
     def chunk_size(self):
-        return self.config.block_size // self.config.n_chunks
+        return self.config.chunk_size
 
     @property
     def compressors(self):

@@ -516,8 +516,8 @@ def test_int4_and_topk_keep_what_they_say():
 
 
 def test_compress_last():
-    kinds = [c.kind for c in small_model(n_layer=3, compress_last=False).compressors]
-    assert kinds == ['subspace', 'subspace', 'full']
+    sent = [c.send for c in small_model(n_layer=3, compress_last=False).compressors]
+    assert sent == ['subspace', 'subspace', 'full']
 
 
 @pytest.mark.parametrize('joint_kv', (True, False))

@@ -417,7 +417,7 @@ def main(argv=None):
         kernels.fuse()
         model = torch.compile(raw_model)
     params = [p for p in raw_model.parameters() if p.requires_grad]
-    basis_params = [p for name, p in raw_model.named_parameters() if 'compressor' in name]
+    compressor_params = [p for name, p in raw_model.named_parameters() if 'compressor' in name]
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
     # -- what a step is
@@ -540,9 +540,9 @@ def main(argv=None):
                 micro_loss = model(x, y)[1] / micro_steps
             micro_loss.backward()
             loss += micro_loss.detach()
-        # With sync_every > 1 the ranks' weights drift apart, but sender and receiver must share one basis: its
-        # gradient is averaged all the same, and clipped alike on all ranks
-        average([p.grad for p in (params if c.sync_every == 1 else basis_params) if p.grad is not None])
+        # With sync_every > 1 the ranks' weights drift apart, but sender and receiver must share a learned basis: the
+        # compressor's gradients are averaged all the same, and clipped alike on all ranks
+        average([p.grad for p in (params if c.sync_every == 1 else compressor_params) if p.grad is not None])
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         if c.sync_every > 1:
             average([grad_norm])
@@ -570,8 +570,8 @@ def main(argv=None):
                           received_fwd=meter.received_fwd, received_bwd=meter.received_bwd, compression=compression)
             local_tokens = tokens_per_iter / world_size
             fwd, bwd = meter.received_fwd / local_tokens, meter.received_bwd / local_tokens
-            text = (f'iter {record["iter"]}: loss {loss:.4f}, time {dt * 1000:.0f}ms, {tokens_per_iter / dt:,.0f} tok/s, '
-                    f'wire {fwd:.0f} fwd + {bwd:.0f} bwd B/token')
+            text = (f'iter {record["iter"]}: loss {loss:.4f}, time {dt * 1000:.0f}ms, '
+                    f'{tokens_per_iter / dt:,.0f} tok/s, wire {fwd:.0f} fwd + {bwd:.0f} bwd B/token')
             text += f', compression {compression:.1%}' if full_bytes else ' (ring of one)'
             if peak_flops:
                 text += f', mfu {raw_model.estimate_mfu(tokens_per_iter / c.block_size, dt, peak_flops):.1%}'
@@ -586,10 +586,12 @@ def main(argv=None):
         say(f'{n_iters} iterations, {n_iters * tokens_per_iter:,} tokens in {seconds - started:.0f}s; '
             f'final loss {loss:.4f}, val loss {val_loss:.4f}')
         if full_bytes:
-            synced = sum(p.numel() * p.element_size() for p in (params if c.sync_every == 1 else basis_params))
+            weights, compressor = (sum(p.nbytes for p in ps) / 1e6 for ps in (params, compressor_params))
             say(f'received by rank 0 over the ring: {received / 1e6:,.1f} MB, with --send=full it would be '
                 f'{n_iters * full_bytes / 1e6:,.1f} MB')
-            say(f'besides, {synced / 1e6:.1f} MB of gradients are all-reduced per iteration')
+            say(f'besides, {weights:.1f} MB of gradients are all-reduced per iteration' if c.sync_every == 1 else
+                f'besides, {compressor:.1f} MB of gradients are all-reduced per iteration, {weights:.1f} MB of weights '
+                f'every {c.sync_every}, and three times that before each validation')
         if device.type == 'cuda':
             say(f'peak memory on rank 0: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB')
     if dist.is_initialized():
