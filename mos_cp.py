@@ -400,10 +400,6 @@ class GPT(nn.Module):
                 nn.init.normal_(p, mean=0.0, std=std)
 
     @property
-    def chunk_size(self):
-        return self.config.chunk_size
-
-    @property
     def compressors(self):
         return [block.attn.compressor for block in self.h]
 
@@ -416,14 +412,14 @@ class GPT(nn.Module):
         Returns logits (B, T, vocab_size) and loss (None without targets).
         Raises ValueError if the sequence is too long or cannot be cut into chunks for the ring.
         """
-        n, world_size = idx.shape[1], self.ring.world_size
+        n, world_size, chunk_size = idx.shape[1], self.ring.world_size, self.config.chunk_size
         if n * world_size > self.config.block_size:
             raise ValueError(f'sequence length ({n * world_size}) is above block_size ({self.config.block_size})')
-        if n % self.chunk_size:
+        if n % chunk_size:
             if world_size > 1:
-                raise ValueError(f'shard length ({n}) must be a multiple of block_size / n_chunks ({self.chunk_size})')
-            idx = F.pad(idx, (0, self.chunk_size - n % self.chunk_size))  # in the future of every real token
-        here = self.ring.positions(idx.shape[1], self.chunk_size, idx.device)
+                raise ValueError(f'shard length ({n}) must be a multiple of block_size / n_chunks ({chunk_size})')
+            idx = F.pad(idx, (0, chunk_size - n % chunk_size))  # in the future of every real token
+        here = self.ring.positions(idx.shape[1], chunk_size, idx.device)
         x = self.wte(idx)  # (B, T, n_embd)
         for block in self.h:
             x = block(x, self.ring, self.cos, self.sin, here)

@@ -427,7 +427,7 @@ def main(argv=None):
     def batch(shards, *seed):
         """One batch, this rank's part of it: a function of the seed alone, so iter_num is the place in the data."""
         x, y = get_batch(shards, c.batch_size, c.block_size, np.random.default_rng(seed))
-        x, y = (ring.shard(t, raw_model.chunk_size) for t in (x, y))
+        x, y = (ring.shard(t, config.chunk_size) for t in (x, y))
         if device.type == 'cuda':
             x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
         return x, y
@@ -474,7 +474,8 @@ def main(argv=None):
 
     records, log_path = [], out_dir / 'log.jsonl'
     if master:
-        kept = log_path.read_text().splitlines(keepends=True) if log_path.exists() else []
+        kept = log_path.read_text().splitlines(keepends=True) if log_path.exists() and (iter_num or c.eval_only) else []
+        kept = [line for line in kept if line.endswith('\n')]  # a killed run may have left half a line
         if not c.eval_only:  # what comes after the checkpoint will be written again
             kept = [line for line in kept if json.loads(line)['iter'] < iter_num]
         log_file = open(log_path, 'w', buffering=1)
@@ -591,7 +592,7 @@ def main(argv=None):
                 f'{n_iters * full_bytes / 1e6:,.1f} MB')
             say(f'besides, {weights:.1f} MB of gradients are all-reduced per iteration' if c.sync_every == 1 else
                 f'besides, {compressor:.1f} MB of gradients are all-reduced per iteration, {weights:.1f} MB of weights '
-                f'every {c.sync_every}, and three times that before each validation')
+                f'every {c.sync_every}, and three times that before each validation and at the end of the warm start')
         if device.type == 'cuda':
             say(f'peak memory on rank 0: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB')
     if dist.is_initialized():
