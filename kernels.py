@@ -189,6 +189,32 @@ def expand(z, U, n_chunks):
     return (z.unflatten(1, (n_chunks, -1)) @ U.to(z.dtype).transpose(-2, -1)).flatten(1, 2)
 
 
+def quantize(x, bits, stochastic=False):
+    """
+    x (..., n) -> numbers of `bits` bits, 8 or 4, as uint8 (..., n or ceil(n / 2)), and a scale for each row, (..., 1) in
+    bfloat16. Symmetric: the row's largest magnitude is the largest level, 127 or 7.
+
+    stochastic: round up with a probability equal to the remainder, so that the expectation is x itself.
+    """
+    levels, x = 2 ** (bits - 1) - 1, x.to(accumulation_dtype(x.dtype))
+    scale = x.abs().amax(dim=-1, keepdim=True) / levels
+    # a little more, so that rounding the scale cannot push x beyond the last level
+    scale = (scale * (1 + torch.finfo(torch.bfloat16).eps)).clamp(min=1e-30).to(torch.bfloat16)
+    y = x / scale
+    q = (torch.floor(y + torch.rand_like(y)) if stochastic else y.round()).add(levels).to(torch.uint8)
+    if bits == 4:  # two to a byte
+        q = torch.nn.functional.pad(q, (0, q.shape[-1] % 2))
+        q = q[..., ::2] | q[..., 1::2] << 4
+    return q, scale
+
+
+def dequantize(q, scale, bits, n, dtype):
+    """The inverse of `quantize` up to rounding -> (..., n) in `dtype`."""
+    if bits == 4:
+        q = torch.stack((q & 15, q >> 4), dim=-1).flatten(-2)[..., :n]
+    return (q.to(dtype) - (2 ** (bits - 1) - 1)) * scale.to(dtype)
+
+
 def to_heads(k, v, cos, sin):
     """k, v: (B, T, Hkv * hd), before RoPE -> k rotated to its positions, v: both (B, Hkv, T, hd)."""
     k, v = (t.unflatten(-1, (-1, 2 * cos.shape[-1])) for t in (k, v))  # (B, T, Hkv, hd)

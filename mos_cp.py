@@ -10,6 +10,7 @@ Ramasinghe et al., NeurIPS 2025, arXiv 2606.16384; "the paper" below).
 With `GPT(config, Ring(group))` the same call takes each rank's `ring.shard(idx)` and gives the same
 numbers: what the model computes depends on config.n_chunks, never on how many ranks share the chunks.
 """
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -18,14 +19,19 @@ from torch import nn
 from torch.nn import functional as F
 
 import kernels
-from ring import Ring, ring_attention, same
+from ring import Ring, attend, depart
 
 CHOICES = {  # the values each option takes; train.py's flags check against these too
-    'send': ('full', 'local', 'topk', 'int4', 'subspace'),
+    'send': ('full', 'local', 'topk', 'subspace'),
+    'wire_dtype': ('compute', 'bf16', 'int8', 'int4'),
+    'grad_wire_dtype': ('compute', 'bf16', 'int8', 'int4'),
     'basis': ('fixed', 'rotated', 'learned'),
     'generator': ('frobenius', 'spectral', 'principal'),
     'exp': ('taylor', 'exact'),
 }
+
+
+BITS = {'int8': 8, 'int4': 4}
 
 
 @dataclass
@@ -52,6 +58,9 @@ class GPTConfig:
     theta_clip: float = 0.5
     topk: float = 0.1
     compress_last: bool = True
+    wire_dtype: str = 'compute'  # of what travels forward; 'compute': the dtype it was computed in
+    grad_wire_dtype: str = 'compute'  # of the gradient that travels back
+    interleave: bool = False  # the front and the back half of a rank's tokens compute in turn
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -230,13 +239,19 @@ class Compressor(nn.Module):
         """What is sent now."""
         return self.configured if self.on else 'full'
 
+    def wire_dtype(self, gradient=False):
+        """In what numbers it is sent now."""
+        if self.configured == 'full' and self.config.send != 'full' or not self.on:
+            return 'compute'
+        return self.config.grad_wire_dtype if gradient else self.config.wire_dtype
+
     @property
     def exact_local(self):
-        return self.config.exact_local and self.send != 'full'  # 'full' is exact everywhere
+        return self.config.exact_local and not (self.send == 'full' and self.wire_dtype() == 'compute')
 
     @property
     def keep(self):
-        """Small payloads are held until backward; full ones go round the ring again."""
+        """Small payloads are held until backward; full ones are sent again."""
         return self.send != 'full'
 
     @property
@@ -257,12 +272,12 @@ class Compressor(nn.Module):
 
     def compress(self, k, v):
         """k, v: (B, T, d) before RoPE -> the payload, a tuple of tensors (B, T, ...) and (B, chunks, ...)."""
-        if self.send in ('full', 'int4'):  # int4 is full keys and values, quantised by `pack`
+        if self.send == 'full':
             return k, v
         if self.send == 'local':
             return ()
         if self.send == 'topk':  # the largest entries of each token's key and value, and where they stood
-            n = max(1, round(self.config.topk * k.shape[-1]))
+            n = self.rows[0][1]
             where = [t.abs().topk(n, dim=-1).indices for t in (k, v)]
             index_dtype = torch.int16 if k.shape[-1] <= 2**15 else torch.int32
             return (*(t.gather(-1, i) for t, i in zip((k, v), where)), *(i.to(index_dtype) for i in where))
@@ -275,7 +290,7 @@ class Compressor(nn.Module):
         payload: as from `compress`, or its first chunks; params: as the property of that name;
         cos, sin: (T, hd/2) at the payload's positions -> k with RoPE, v: (B, Hkv, T, hd).
         """
-        if self.send in ('full', 'int4'):
+        if self.send == 'full':
             return kernels.to_heads(*payload, cos, sin)
         if self.send == 'topk':
             zeros = payload[0].new_zeros(*payload[0].shape[:-1], self.config.kv_dim)
@@ -285,44 +300,61 @@ class Compressor(nn.Module):
         latents, theta = payload[:n], payload[n:]
         return kernels.expand_to_heads(latents, params or self.bases(theta), cos, sin, self.chunks_in(cos.shape[0]))
 
-    def pack(self, payload):
-        """int4: to 4 bits with one scale a head and token, two to a byte. Else the payload as it is."""
-        if self.send != 'int4':
-            return same(payload)
-        x = torch.cat(payload, dim=-1).unflatten(-1, (-1, self.config.head_dim))  # (B, T, 2 Hkv, hd)
-        scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / 7
-        q = (x / scale).round().clamp(-7, 7).add(8).to(torch.uint8)
-        return q[..., ::2] | q[..., 1::2] << 4, scale
+    @property
+    def rows(self):
+        """What a token's payload is made of: (number of rows, numbers in a row) of each tensor that is quantised by rows."""
+        c = self.config
+        if self.send == 'full':
+            return [(c.n_kv_head, c.head_dim)] * 2  # a scale a head
+        if self.send == 'topk':
+            return [(1, max(1, round(c.topk * c.kv_dim)))] * 2
+        return [(1, r) for _, r in c.subspaces] if self.send == 'subspace' else []
 
-    def unpack(self, wire):
-        """The inverse of `pack`, up to rounding."""
-        if self.send != 'int4':
-            return same(wire)
-        packed, scale = wire
-        q = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).to(scale.dtype) - 8  # (B, T, 2 Hkv, hd)
-        return (q * scale).flatten(-2).chunk(2, dim=-1)
+    def pack(self, tensors, gradient=False):
+        """
+        The payload, or the gradient of its floating-point tensors, in the wire's dtype. Of small integers with a scale
+        a row; the gradient's are rounded stochastically, so that on average nothing is lost. What is not by token,
+        theta, and where topk's entries stood, travels as it is.
+        """
+        dtype, n = self.wire_dtype(gradient), len(self.rows)
+        if dtype == 'compute':
+            return tensors
+        if dtype == 'bf16':
+            return *(t.to(torch.bfloat16) for t in tensors[:n]), *tensors[n:]
+        packed = (kernels.quantize(t.unflatten(-1, row), BITS[dtype], stochastic=gradient)
+                  for t, row in zip(tensors, self.rows))
+        return *itertools.chain(*packed), *tensors[n:]
 
-    def wire_bytes(self, n_tokens, itemsize, send=None):
+    def unpack(self, wire, dtype, gradient=False):
+        """The inverse of `pack`, up to rounding. dtype: that of the payload."""
+        wire_dtype, n = self.wire_dtype(gradient), len(self.rows)
+        if wire_dtype == 'compute':
+            return wire
+        if wire_dtype == 'bf16':
+            return *(t.to(dtype) for t in wire[:n]), *wire[n:]
+        values = (kernels.dequantize(q, scale, BITS[wire_dtype], row[1], dtype).flatten(-2)
+                  for q, scale, row in zip(wire[:2 * n:2], wire[1:2 * n:2], self.rows))
+        return *values, *wire[2 * n:]
+
+    def wire_bytes(self, n_tokens, itemsize):
         """
         Bytes that `n_tokens` tokens of one sequence cost per rank they travel to: (forward, backward).
 
-        itemsize: bytes of a number in the compute dtype; send: another kind than this layer's own.
-        Backward is the gradient of what was sent; for `full`, the keys and values travel once more besides.
+        itemsize: bytes of a number in the compute dtype. Backward is the gradient of what was sent; for `full`, the
+        keys and values travel once more besides.
         """
-        c, send = self.config, send or self.send
-        full = 2 * c.kv_dim * n_tokens * itemsize
-        if send == 'full':
-            return full, 2 * full
-        if send == 'local':
-            return 0, 0
-        if send == 'int4':  # 4 bits and a scale per head forward; the straight-through gradient is not quantised
-            return (c.kv_dim + 2 * c.n_kv_head * itemsize) * n_tokens, full
-        if send == 'topk':  # where the entries stood travels forward only
-            n = 2 * max(1, round(c.topk * c.kv_dim)) * n_tokens
-            return n * (itemsize + (2 if c.kv_dim <= 2**15 else 4)), n * itemsize
-        theta = c.n_generators * self.chunks_in(n_tokens) if c.basis == 'rotated' else 0
-        numbers = sum(r * n_tokens + theta for _, r in c.subspaces)
-        return numbers * itemsize, numbers * itemsize
+        def values(dtype):
+            if dtype in BITS:  # and a scale in bfloat16
+                return n_tokens * sum(rows * (math.ceil(n * BITS[dtype] / 8) + 2) for rows, n in self.rows)
+            return n_tokens * sum(rows * n for rows, n in self.rows) * (2 if dtype == 'bf16' else itemsize)
+        c, fwd, bwd = self.config, values(self.wire_dtype()), values(self.wire_dtype(gradient=True))
+        if self.send == 'full':
+            return fwd, fwd + bwd
+        if self.send == 'topk':  # where the entries stood travels forward only
+            return fwd + n_tokens * sum(n for _, n in self.rows) * (2 if c.kv_dim <= 2**15 else 4), bwd
+        rotated = self.send == 'subspace' and c.basis == 'rotated'
+        theta = len(c.subspaces) * c.n_generators * self.chunks_in(n_tokens) * itemsize if rotated else 0
+        return fwd + theta, bwd + theta
 
 
 # -----------------------------------------------------------------------------
@@ -340,20 +372,30 @@ class Attention(nn.Module):
         self.compressor = Compressor(config, layer)
         self.moments = None  # a list while GPT.basis_moments collects
 
-    def forward(self, x, ring, cos, sin, here):
-        """x: (B, T, n_embd), this rank's tokens; cos, sin: (block_size, hd/2); here: positions of x, (T,)."""
+    def depart(self, x, ring, cos, sin, here, n_uses=1):
+        """
+        The first half of attention: everything up to the keys and values being on their way.
+
+        x: (B, T, n_embd), this rank's tokens or part of them; cos, sin: (block_size, hd/2); here: positions of x, (T,).
+        n_uses: how many calls of `arrive` will look at them. Returns what `arrive` takes.
+        """
         comp = self.compressor
         q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)  # (B, T, n_embd), (B, T, d), (B, T, d)
         if self.moments is not None:
             self.moments += [second_moment(torch.cat(zs, dim=-1).flatten(0, 1).T) for zs in comp.group(k, v)]
-        payload = comp.compress(k, v)
-        k, v = kernels.to_heads(k, v, cos[here], sin[here])  # (B, Hkv, T, hd): exact, for the local chunks
+        sent = depart(comp.compress(k, v), ring=ring, keep=comp.keep, pack=comp.pack, unpack=comp.unpack, n_uses=n_uses)
         q = q.unflatten(-1, (-1, self.config.head_dim))  # (B, T, H, hd)
         q = kernels.rope(q, cos[here], sin[here]).transpose(1, 2)  # (B, H, T, hd)
-        y = ring_attention(q, payload, lambda payload, params, at: comp.expand(payload, params, cos[at], sin[at]),
-                           comp.params, (k, v) if comp.exact_local else None, ring=ring,
-                           chunk_size=self.config.chunk_size, keep=comp.keep, pack=comp.pack, unpack=comp.unpack)
-        return self.c_proj(y.transpose(1, 2).flatten(2))  # y: (B, H, T, hd)
+        local_kv = kernels.to_heads(k, v, cos[here], sin[here]) if comp.exact_local else None  # (B, Hkv, T, hd) each
+        return sent, q, local_kv
+
+    def arrive(self, departed, ring, cos, sin, n_parts=1):
+        """The second half. departed: list of what `depart` returned, for the parts up to this one -> (B, T, n_embd)."""
+        comp, (_, q, local_kv) = self.compressor, departed[-1]
+        y = attend(q, [sent for sent, _, _ in departed],
+                   lambda payload, params, at: comp.expand(payload, params, cos[at], sin[at]), comp.params, local_kv,
+                   ring=ring, chunk_size=self.config.chunk_size, n_parts=n_parts)  # (B, H, T, hd)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -375,8 +417,11 @@ class Block(nn.Module):
         self.ln_1, self.attn = nn.RMSNorm(config.n_embd, eps=1e-5), Attention(config, layer)
         self.ln_2, self.mlp = nn.RMSNorm(config.n_embd, eps=1e-5), MLP(config)
 
-    def forward(self, x, *where):
-        x = x + self.attn(self.ln_1(x), *where)
+    def depart(self, x, *where):
+        return self.attn.depart(self.ln_1(x), *where)
+
+    def arrive(self, x, *departed):
+        x = x + self.attn.arrive(*departed)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -420,15 +465,36 @@ class GPT(nn.Module):
                 raise ValueError(f'shard length ({n}) must be a multiple of block_size / n_chunks ({chunk_size})')
             idx = F.pad(idx, (0, chunk_size - n % chunk_size))  # in the future of every real token
         here = self.ring.positions(idx.shape[1], chunk_size, idx.device)
-        x = self.wte(idx)  # (B, T, n_embd)
-        for block in self.h:
-            x = block(x, self.ring, self.cos, self.sin, here)
+        x = self.transformer(self.wte(idx), here)  # (B, T, n_embd)
         logits = self.lm_head(self.ln_f(x))[:, :n]  # (B, T, vocab_size)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).to(kernels.accumulation_dtype(logits.dtype)),
                                    targets.flatten(), ignore_index=-1)
         return logits, loss
+
+    def transformer(self, x, here):
+        """
+        All layers. x: (B, T, n_embd) at positions `here`. Interleaved, the front and the back half of a rank's tokens
+        take turns: while the keys and values of one travel, the other computes. Causality allows it, as no front half
+        needs any back half; autograd runs the same schedule backwards.
+        """
+        tables = self.cos, self.sin
+        interleave = self.config.interleave and self.ring.world_size > 1 and all(c.keep for c in self.compressors)
+        n_parts = 1 + interleave
+        xs, here, previous = list(x.chunk(n_parts, dim=1)), here.chunk(n_parts), None
+        for block in self.h:
+            departed = []
+            for part in range(n_parts):
+                if previous:
+                    layer, sent = previous
+                    xs[part] = layer.arrive(xs[part], sent[:part + 1], self.ring, *tables, n_parts)
+                departed.append(block.depart(xs[part], self.ring, *tables, here[part], n_parts - part))
+            previous = block, departed
+        layer, sent = previous
+        for part in range(n_parts):
+            xs[part] = layer.arrive(xs[part], sent[:part + 1], self.ring, *tables, n_parts)
+        return torch.cat(xs, dim=1)
 
     # -- the compressor's life: warm start (off), on, unplugged (off)
 

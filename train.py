@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import kernels
 from mos_cp import CHOICES, GPT, GPTConfig
-from ring import Ring, zigzag
+from ring import Link, Ring, average, zigzag
 
 # -----------------------------------------------------------------------------
 # Configuration: (flag, default, meaning). The default's type is the flag's type.
@@ -60,7 +60,9 @@ FLAGS = [
     ('n_ff', 0, 'width of the SwiGLU; 0: 8/3 n_embd, rounded up to a multiple of 64'),
     ('vocab_size', 0, 'vocabulary; 0: from the data (256 for text, largest token + 1 for .bin)'),
     # what crosses the wire
-    ('send', 'subspace', 'full (uncompressed), local (nothing), topk, int4, or subspace'),
+    ('send', 'subspace', 'full (uncompressed), local (nothing), topk, or subspace'),
+    ('wire_dtype', 'compute', 'of what is sent forward: compute (as computed), bf16, int8 or int4'),
+    ('grad_wire_dtype', 'compute', 'of the gradient that is sent back, stochastically rounded: the same choices'),
     ('exact_local', True, 'a chunk attends to its own keys and values exactly; False (the paper): to rebuilt ones'),
     ('joint_kv', True, 'one subspace for keys and values together, of rank r_k + r_v; False: one each'),
     ('basis', 'learned', 'fixed, learned (a trained parameter), or rotated (the paper: by the mean of the chunk)'),
@@ -71,6 +73,7 @@ FLAGS = [
     ('exp', 'taylor', 'the exponential of the rotation: taylor (second order) or exact'),
     ('theta_clip', 0.5, 'largest |theta|; 0: not clipped'),
     ('topk', 0.1, 'fraction of entries that send=topk keeps'),
+    ('interleave', False, "the front and back half of a rank's tokens take turns: one computes while the other travels"),
     ('compress_last', True, 'False: the last layer sends full keys and values, as in the paper'),
     ('warm_start', 50, 'iterations uncompressed, then subspaces start in principal directions; 0: in random ones'),
     ('warm_basis', 'activations', 'principal directions of what: activations, or weights (the paper)'),
@@ -94,6 +97,8 @@ FLAGS = [
     ('device', 'auto', 'auto, cpu or cuda; auto takes cuda if every process on the machine can have a GPU'),
     ('dtype', 'auto', 'auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 (autocast) or float64'),
     ('compile', False, 'torch.compile the model and the kernels around the ring'),
+    ('link_mbps', 0.0, 'pretend that every rank hangs on a link this slow, in megabits a second each way; 0: do not'),
+    ('latency_ms', 0.0, 'and that every message takes this long besides, in milliseconds'),
     ('timeout_s', 300, 'seconds after which a rank that waits for a silent peer gives up'),
 ]
 
@@ -121,8 +126,9 @@ CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS), 'init_
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, by the vendor's datasheets, for the MFU
 
 # A flag on the command line that would do nothing is an error: flag -> the values of others it needs
-LOSSY = ('local', 'topk', 'int4', 'subspace')
-NEEDS = {**dict.fromkeys(('exact_local', 'compress_last', 'unplug_at'), {'send': LOSSY}),
+LOSSY = ('local', 'topk', 'subspace')
+NEEDS = {**dict.fromkeys(('compress_last', 'unplug_at'), {'send': LOSSY}), 'interleave': {'send': ('topk', 'subspace')},
+         **dict.fromkeys(('wire_dtype', 'grad_wire_dtype'), {'send': ('full', 'topk', 'subspace')}),
          **dict.fromkeys(('basis', 'joint_kv', 'rank_k', 'rank_v', 'warm_start', 'warm_basis'),
                          {'send': ('subspace',)}),
          **dict.fromkeys(('generator', 'n_generators', 'exp', 'theta_clip'),
@@ -133,11 +139,11 @@ LOWEST = {**dict.fromkeys(('log_interval', 'eval_interval', 'eval_iters', 'batch
                            'sync_every', 'timeout_s'), 1),
           **dict.fromkeys(('cp', 'warm_start', 'unplug_at', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'vocab_size',
                            'sample_tokens', 'seed', 'grad_clip', 'learning_rate', 'min_lr', 'weight_decay', 'beta1',
-                           'beta2'), 0)}
+                           'beta2', 'link_mbps', 'latency_ms'), 0)}
 
 MODEL_FLAGS = [f.name for f in dataclasses.fields(GPTConfig) if f.name in {name for name, _, _ in FLAGS}]
 # What a resumed run takes from its own command line rather than from the checkpoint
-RUN_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'timeout_s')
+RUN_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'timeout_s', 'link_mbps', 'latency_ms')
 
 
 def fail(message):
@@ -198,6 +204,8 @@ def parse_config(argv):
         if config[name] < lowest:
             fail(f'{name} ({config[name]}) must be at least {lowest}: change --{name}')
     c = argparse.Namespace(**config)
+    if 'exact_local' in given and c.send == 'full' and c.wire_dtype == 'compute':
+        fail('--exact_local does nothing with --send=full and --wire_dtype=compute, where all is exact: change one of them')
     if max(c.beta1, c.beta2) >= 1:
         fail(f'beta1 ({c.beta1}) and beta2 ({c.beta2}) must be below 1: change --beta1 or --beta2')
     if c.method == 'paper' and c.send != 'subspace':
@@ -325,15 +333,6 @@ def pick_device(wanted, local_rank, local_world_size):
     return torch.device('cuda', local_rank), None
 
 
-@torch.no_grad()
-def average(tensors):
-    """Replace tensors by their mean over all ranks."""
-    if dist.is_initialized() and tensors:
-        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
-            work.wait()
-        torch._foreach_div_(tensors, dist.get_world_size())
-
-
 def learning_rate(it, c):
     """Linear warm-up, then cosine decay to min_lr (nanoGPT's schedule)."""
     end = c.lr_decay_iters or c.max_iters
@@ -385,12 +384,13 @@ def main(argv=None):
     dtype = getattr(torch, default if c.dtype == 'auto' else c.dtype)
 
     # -- groups: world = dp x cp; the ranks of a ring are neighbours and see the same sequences
-    ring, dp_rank = Ring(), 0
+    link = Link(c.link_mbps, c.latency_ms)
+    ring, dp_rank = Ring(link=link), 0
     if world_size > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(seconds=c.timeout_s),
                                 device_id=device if device.type == 'cuda' else None)
         mesh = dist.init_device_mesh(device.type, (dp, cp), mesh_dim_names=('dp', 'cp'))
-        ring, dp_rank = Ring(mesh['cp'].get_group()), mesh['dp'].get_local_rank()
+        ring, dp_rank = Ring(mesh['cp'].get_group(), link), mesh['dp'].get_local_rank()
 
     # -- model and optimizer
     torch.manual_seed(c.seed)
@@ -459,13 +459,13 @@ def main(argv=None):
             with autocast:
                 moments = [raw_model.basis_moments(train_batch(micro)[0]) for micro in range(micro_steps)]
             moments = [sum(ms) for ms in zip(*moments)]
-        average(moments)
+        average(moments, ring)
         raw_model.set_bases(moments)
         broadcast_model()  # machines may differ in the last digit of an eigenvector
 
     def average_model():
         """Weights and AdamW's moments, of which the step counters need no averaging."""
-        average(params + [t for state in optimizer.state.values() for t in state.values() if t.dim()])
+        average(params + [t for state in optimizer.state.values() for t in state.values() if t.dim()], ring)
 
     def say(text):
         if master:
@@ -495,8 +495,8 @@ def main(argv=None):
 
     # -- the loop
     meter, itemsize, first_iter = ring.meter, dtype.itemsize, iter_num
-    full_bytes = sum(sum(m.wire_bytes(c.block_size // cp, itemsize, 'full')) for m in raw_model.compressors)
-    full_bytes *= (cp - 1) * c.batch_size * micro_steps  # what this rank would receive in one iteration
+    # what this rank would receive in one iteration uncompressed: K and V; K and V again, and their gradients
+    full_bytes = 3 * 2 * config.kv_dim * itemsize * c.n_layer * c.block_size // cp * (cp - 1) * c.batch_size * micro_steps
     gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
     peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), 0) * world_size
     received, started, timed, loss, val_loss = 0, seconds, (iter_num, seconds), None, None
@@ -543,15 +543,15 @@ def main(argv=None):
             loss += micro_loss.detach()
         # With sync_every > 1 the ranks' weights drift apart, but sender and receiver must share a learned basis: the
         # compressor's gradients are averaged all the same, and clipped alike on all ranks
-        average([p.grad for p in (params if c.sync_every == 1 else compressor_params) if p.grad is not None])
+        average([p.grad for p in (params if c.sync_every == 1 else compressor_params) if p.grad is not None], ring)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         if c.sync_every > 1:
-            average([grad_norm])
+            average([grad_norm], ring)
         torch.nn.utils.clip_grads_with_norm_(params, c.grad_clip or float('inf'), grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if c.sync_every > 1 and (iter_num + 1) % c.sync_every == 0:
-            average(params)
+            average(params, ring)
         iter_num += 1
         bar.update()
         received += meter.received_fwd + meter.received_bwd
