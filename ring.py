@@ -182,8 +182,10 @@ class Ring:
             tensors.append(torch.tensor([self.link.send(n_bytes)], dtype=torch.float64, device=tensors[0].device))
         received = [torch.empty_like(t) for t in tensors]
         to, source = (dist.get_global_rank(self.group, r % self.world_size) for r in (to, source))
-        works = dist.batch_isend_irecv([dist.P2POp(dist.isend, t, to, self.group) for t in tensors]
-                                       + [dist.P2POp(dist.irecv, t, source, self.group) for t in received])
+        # receives first: gloo sends only once it knows that the receiver is ready, and that news must not queue up
+        # behind our own data (posted the other way round, both directions of a late exchange run one after the other)
+        works = dist.batch_isend_irecv([dist.P2POp(dist.irecv, t, source, self.group) for t in received]
+                                       + [dist.P2POp(dist.isend, t, to, self.group) for t in tensors])
 
         def wait():
             for work in works:  # gloo returns one work per tensor, NCCL one per batch

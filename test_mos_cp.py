@@ -688,7 +688,7 @@ def test_log_and_falling_loss(reference_run):
     assert records == reference_run[1]['records']
     assert [r['iter'] for r in records] == list(range(13)) and [r['iter'] for r in records if 'val_loss' in r] == [0, 6, 12]
     assert set(records[1]) == {'iter', 'loss', 'lr', 'grad_norm', 'tokens', 'seconds', 'sent_fwd', 'sent_bwd', 'received_fwd',
-                               'received_bwd', 'compression'}
+                               'received_bwd', 'sent_sync', 'received_sync', 'compression'}
     assert records[11]['loss'] < records[0]['loss'] - 0.5 and records[11]['tokens'] == 12 * 4 * 128
 
 

@@ -94,6 +94,9 @@ FLAGS = [
     # system
     ('cp', 0, 'ranks that share one sequence; 0: all. The others are data parallel: dp = world size / cp'),
     ('sync_every', 1, '1: average gradients every iteration (exact); c: average weights every c, and to validate'),
+    ('sync_basis_every', 1, 'the same for the learned basis alone, which sender and receiver share; at most sync_every'),
+    ('outer_lr', 1.0, 'with sync_every > 1: step from the last average towards the new one; 1: the average itself'),
+    ('outer_momentum', 0.0, "Nesterov's momentum of that step (DiLoCo); 0: none"),
     ('device', 'auto', 'auto, cpu or cuda; auto takes cuda if every process on the machine can have a GPU'),
     ('dtype', 'auto', 'auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 (autocast) or float64'),
     ('compile', False, 'torch.compile the model and the kernels around the ring'),
@@ -136,10 +139,10 @@ NEEDS = {**dict.fromkeys(('compress_last', 'unplug_at'), {'send': LOSSY}), 'inte
          'topk': {'send': ('topk',)}}
 
 LOWEST = {**dict.fromkeys(('log_interval', 'eval_interval', 'eval_iters', 'batch_size', 'gradient_accumulation_steps',
-                           'sync_every', 'timeout_s'), 1),
+                           'sync_every', 'sync_basis_every', 'timeout_s'), 1),
           **dict.fromkeys(('cp', 'warm_start', 'unplug_at', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'vocab_size',
                            'sample_tokens', 'seed', 'grad_clip', 'learning_rate', 'min_lr', 'weight_decay', 'beta1',
-                           'beta2', 'link_mbps', 'latency_ms'), 0)}
+                           'beta2', 'link_mbps', 'latency_ms', 'outer_lr', 'outer_momentum'), 0)}
 
 MODEL_FLAGS = [f.name for f in dataclasses.fields(GPTConfig) if f.name in {name for name, _, _ in FLAGS}]
 # What a resumed run takes from its own command line rather than from the checkpoint
@@ -212,7 +215,11 @@ def parse_config(argv):
         fail(f'--method=paper sends subspaces, not --send={c.send}: leave out one of the two')
     if c.send != 'subspace':
         c.warm_start = 0
-    elif 0 < c.max_iters <= c.warm_start:
+    if c.sync_basis_every > c.sync_every:
+        fail(f'sync_basis_every ({c.sync_basis_every}) must be at most sync_every ({c.sync_every}): change one of them')
+    if c.sync_every == 1 and (c.outer_lr, c.outer_momentum) != (1, 0):
+        fail('--outer_lr and --outer_momentum do nothing with --sync_every=1, which averages gradients')
+    if c.send == 'subspace' and 0 < c.max_iters <= c.warm_start:
         fail(f'warm_start ({c.warm_start}) must be below max_iters ({c.max_iters}), or nothing is ever compressed: '
              'change --warm_start or --max_iters')
     if c.unplug_at and not c.warm_start < c.unplug_at < c.max_iters:
@@ -403,8 +410,6 @@ def main(argv=None):
         raw_model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
         iter_num, best_val_loss, seconds = (checkpoint[k] for k in ('iter_num', 'best_val_loss', 'seconds'))
-        torch.set_rng_state(checkpoint['rng'])
-        checkpoint = None  # frees its memory
 
     def broadcast_model():
         if world_size > 1:
@@ -417,7 +422,15 @@ def main(argv=None):
         kernels.fuse()
         model = torch.compile(raw_model)
     params = [p for p in raw_model.parameters() if p.requires_grad]
-    compressor_params = [p for name, p in raw_model.named_parameters() if 'compressor' in name]
+    bases = [p for name, p in raw_model.named_parameters() if 'compressor' in name]
+    weights = [p for name, p in raw_model.named_parameters() if 'compressor' not in name]
+    sync_groups = (weights, c.sync_every), (bases, c.sync_basis_every)
+    plain = c.sync_every == 1 or (c.outer_lr == 1 and c.outer_momentum == 0)  # weights after a sync: their average
+    outer = [] if plain else [(p.data.clone(), torch.zeros_like(p)) for p in weights]
+    if checkpoint:
+        for state, saved in zip(outer, checkpoint['outer']):
+            torch._foreach_copy_(state, saved)
+        checkpoint = None  # frees its memory
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
     # -- what a step is
@@ -467,6 +480,14 @@ def main(argv=None):
         """Weights and AdamW's moments, of which the step counters need no averaging."""
         average(params + [t for state in optimizer.state.values() for t in state.values() if t.dim()], ring)
 
+    def outer_step():
+        """From the weights after the last sync towards those just averaged, with Nesterov's momentum (DiLoCo)."""
+        for p, (anchor, velocity) in zip(weights, outer):
+            step = anchor - p.data  # (the shape of p): the negative of what training did
+            velocity.mul_(c.outer_momentum).add_(step)
+            anchor.sub_(step.add_(velocity, alpha=c.outer_momentum), alpha=c.outer_lr)
+            p.data.copy_(anchor)
+
     def say(text):
         if master:
             tqdm.write(text)
@@ -499,15 +520,15 @@ def main(argv=None):
     full_bytes = 3 * 2 * config.kv_dim * itemsize * c.n_layer * c.block_size // cp * (cp - 1) * c.batch_size * micro_steps
     gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
     peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), 0) * world_size
-    received, started, timed, loss, val_loss = 0, seconds, (iter_num, seconds), None, None
+    received, received_sync, started, timed, loss, val_loss = 0, 0, seconds, (iter_num, seconds), None, None
     bar = tqdm(total=c.max_iters, initial=iter_num, disable=not (master and sys.stderr.isatty()))
     while True:
         validating = iter_num % c.eval_interval == 0 or iter_num >= c.max_iters or c.eval_only
         ending_warm_start = iter_num == c.warm_start > 0 and not c.eval_only
+        meter.reset()
         if c.sync_every > 1 and iter_num > first_iter and (validating or ending_warm_start):
             average_model()  # one model, not one per rank, is analysed, validated and saved
         if ending_warm_start:
-            meter.reset()
             raw_model.set_compression(False)
             start_bases()
             received += meter.received_fwd
@@ -523,14 +544,17 @@ def main(argv=None):
                 save_checkpoint(out_dir / 'ckpt.pt', {
                     'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
                     'model_args': {name: getattr(c, name) for name in MODEL_FLAGS}, 'iter_num': iter_num,
-                    'best_val_loss': best_val_loss, 'seconds': seconds, 'rng': torch.get_rng_state()})
+                    'best_val_loss': best_val_loss, 'seconds': seconds, 'outer': outer})
 
+        received_sync += meter.received_sync
         if iter_num >= c.max_iters or c.eval_only:
             write(record)
             break
 
         start = time.perf_counter()
         meter.reset()
+        # for the stochastic rounding; a function of the seed too, and not the same numbers on every rank
+        torch.manual_seed(int(np.random.SeedSequence((c.seed, iter_num, rank)).generate_state(1)[0]))
         lr = learning_rate(iter_num, c)
         for group in optimizer.param_groups:
             group['lr'] = lr
@@ -541,20 +565,24 @@ def main(argv=None):
                 micro_loss = model(x, y)[1] / micro_steps
             micro_loss.backward()
             loss += micro_loss.detach()
-        # With sync_every > 1 the ranks' weights drift apart, but sender and receiver must share a learned basis: the
-        # compressor's gradients are averaged all the same, and clipped alike on all ranks
-        average([p.grad for p in (params if c.sync_every == 1 else compressor_params) if p.grad is not None], ring)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        if c.sync_every > 1:
-            average([grad_norm], ring)
+        shared = [p.grad for group, every in sync_groups if every == 1 for p in group if p.grad is not None]
+        grads = [p.grad for p in params if p.grad is not None]
+        if c.sync_every == 1:
+            average(shared, ring)
+        grad_norm = torch.nn.utils.get_total_norm(grads)
+        if c.sync_every > 1 and shared:  # what all ranks share must be clipped alike on all
+            average([grad_norm, *shared], ring)
         torch.nn.utils.clip_grads_with_norm_(params, c.grad_clip or float('inf'), grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if c.sync_every > 1 and (iter_num + 1) % c.sync_every == 0:
-            average(params, ring)
         iter_num += 1
+        due = [p for group, every in sync_groups if 1 < every and iter_num % every == 0 for p in group]
+        average([p.data for p in due], ring)
+        if c.sync_every > 1 and iter_num % c.sync_every == 0:
+            outer_step()
         bar.update()
         received += meter.received_fwd + meter.received_bwd
+        received_sync += meter.received_sync
 
         logging = record['iter'] % c.log_interval == 0 or iter_num == c.max_iters
         if logging:
@@ -568,7 +596,8 @@ def main(argv=None):
             compression = 1 - (meter.received_fwd + meter.received_bwd) / full_bytes if full_bytes else None
             record.update(loss=loss, lr=lr, grad_norm=grad_norm.item(), tokens=iter_num * tokens_per_iter,
                           seconds=round(seconds, 3), sent_fwd=meter.sent_fwd, sent_bwd=meter.sent_bwd,
-                          received_fwd=meter.received_fwd, received_bwd=meter.received_bwd, compression=compression)
+                          received_fwd=meter.received_fwd, received_bwd=meter.received_bwd, sent_sync=meter.sent_sync,
+                          received_sync=meter.received_sync, compression=compression)
             local_tokens = tokens_per_iter / world_size
             fwd, bwd = meter.received_fwd / local_tokens, meter.received_bwd / local_tokens
             text = (f'iter {record["iter"]}: loss {loss:.4f}, time {dt * 1000:.0f}ms, '
@@ -587,12 +616,8 @@ def main(argv=None):
         say(f'{n_iters} iterations, {n_iters * tokens_per_iter:,} tokens in {seconds - started:.0f}s; '
             f'final loss {loss:.4f}, val loss {val_loss:.4f}')
         if full_bytes:
-            weights, compressor = (sum(p.nbytes for p in ps) / 1e6 for ps in (params, compressor_params))
             say(f'received by rank 0 over the ring: {received / 1e6:,.1f} MB, with --send=full it would be '
-                f'{n_iters * full_bytes / 1e6:,.1f} MB')
-            say(f'besides, {weights:.1f} MB of gradients are all-reduced per iteration' if c.sync_every == 1 else
-                f'besides, {compressor:.1f} MB of gradients are all-reduced per iteration, {weights:.1f} MB of weights '
-                f'every {c.sync_every}, and three times that before each validation and at the end of the warm start')
+                f'{n_iters * full_bytes / 1e6:,.1f} MB; besides, to keep the ranks in step: {received_sync / 1e6:,.1f} MB')
         if device.type == 'cuda':
             say(f'peak memory on rank 0: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB')
     if dist.is_initialized():
