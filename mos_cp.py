@@ -159,8 +159,8 @@ class Subspace(nn.Module):
         else:
             self.register_buffer('U0', U0)
         if self.rotated:
-            self.psi = nn.utils.skip_init(nn.Linear, d, k, bias=False)
-            self.psi.weight.data = 0.02 * torch.randn(k, d, generator=rng)
+            self.psi = nn.Linear(d, k, bias=False, device='meta')  # draws no random numbers
+            self.psi.weight = nn.Parameter(0.02 * torch.randn(k, d, generator=rng))
             # A_l U0 and A_l A_m U0: all that the second-order exponential needs
             self.register_buffer('AU0', torch.zeros(k, d, r))
             self.register_buffer('AAU0', torch.zeros(k, k, d, r))

@@ -472,13 +472,17 @@ class _Attend(torch.autograd.Function):
             grads = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in s.transits[part].like]
             if not calls:
                 return grads
-            dk, dv = torch.zeros_like(k, dtype=acc), torch.zeros_like(v, dtype=acc)
+            if len(calls) > 1:
+                dk, dv = torch.zeros_like(k, dtype=acc), torch.zeros_like(v, dtype=acc)
             for i, j, causal in calls:
                 dq_, dk_, dv_ = kernels.attention_backward(dout[:, :, i], q[:, :, i], k.detach()[:, :, j],
                                                            v.detach()[:, :, j], out[:, :, i], lse[:, :, i], causal)
                 dq[:, :, i] += dq_
-                dk[:, :, j] += dk_
-                dv[:, :, j] += dv_
+                if len(calls) == 1:  # it covers the whole block
+                    dk, dv = dk_, dv_
+                else:
+                    dk[:, :, j] += dk_
+                    dv[:, :, j] += dv_
             wanted = [t for t in (*payload, *leaves) if t.requires_grad]
             found = torch.autograd.grad((k, v), wanted, (dk.to(k.dtype), dv.to(v.dtype)))
             for g, part_of_g in zip(grads, found):  # zero where no local query looked

@@ -296,6 +296,71 @@ def meter_equals_formula(ring):
         assert all(ours < 0.05 * full for ours, full in zip(sent['subspace'], sent['full'])), sent
 
 
+class FakeLink(Link):
+    """A link on a clock of its own, which moves only when somebody waits."""
+    now = 0.0
+
+    def clock(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@check
+def dialled_link_delays_exchanges(ring):
+    """1000 float64 over 8 Mbps, a MB a second: 8 ms, and 5 ms of latency. Rank r's clock says r seconds."""
+    P = ring.world_size
+    if P == 1:
+        return
+    link = FakeLink(mbps=8, latency_ms=5)
+    dialled = Ring(ring.group, link)
+    link.now = float(ring.rank)
+    x = torch.full((1000,), float(ring.rank), dtype=torch.float64)
+    source = (ring.rank - 1) % P
+    waits = [dialled.exchange([x], ring.rank + 1, ring.rank - 1, 'fwd') for _ in range(2)]
+    assert link.now == ring.rank  # posting waits for nothing
+    for n, wait in enumerate(waits, start=1):
+        received, = wait()
+        assert (received == source).all()
+        assert abs(link.now - max(ring.rank, source + n * 0.008 + 0.005)) < 1e-9, link.now
+    dialled.meter.reset()
+    link.now = 100.0 + ring.rank
+    average([x], dialled)  # begins when the last rank does; every rank sends and receives 2 (P - 1) / P of 8000 bytes
+    assert abs(x.mean() - (P - 1) / 2) < 1e-12 and (x == x[0]).all()
+    assert abs(link.now - (100 + P - 1 + 2 * (P - 1) / P * 0.008 + 2 * (P - 1) * 0.005)) < 1e-9, link.now
+    m = dialled.meter
+    assert (m.sent_sync, m.received_sync, m.hops_sync) == (2 * (P - 1) * 8000 // P,) * 2 + (1,), m
+    for interleave in (False, True):  # and a whole model gives the same numbers over it
+        model, expected = (small_model(r, interleave=interleave) for r in (dialled, ring))
+        idx = ring.shard(torch.arange(32)[None], model.config.chunk_size)
+        assert torch.equal(model(idx)[0], expected(idx)[0])
+
+
+@check
+def quantised_gradients_are_unbiased(ring):
+    """One gradient is off, by a little; the mean of many is not. Forward is the same to the last bit."""
+    if ring.world_size == 1:
+        return
+    for dtype, n, interleave in (('int8', 40, False), ('int4', 60, True)):
+        exact, rounded = (small_model(ring, grad_wire_dtype=d, interleave=interleave) for d in ('compute', dtype))
+        g = torch.Generator().manual_seed(5)
+        idx, targets = (ring.shard(torch.randint(50, (2, 32), generator=g), exact.config.chunk_size) for _ in range(2))
+        torch.manual_seed(ring.rank)
+
+        def gradients(model):
+            loss = model(idx, targets)[1]
+            found = torch.autograd.grad(loss, [p for name, p in model.named_parameters() if 'c_k' in name or 'c_v' in name])
+            return loss, torch.cat([t.flatten() for t in found])
+        loss, expected = gradients(exact)
+        found = [gradients(rounded) for _ in range(n)]
+        assert all(l == loss for l, _ in found)
+        one = sum(relative_error(f, expected) for _, f in found) / n
+        mean = relative_error(sum(f for _, f in found) / n, expected)
+        assert 1e-5 < one < 0.5, (dtype, one)
+        assert mean < 2.5 * one / n ** 0.5, (dtype, one, mean)
+
+
 @check
 def bad_lengths_are_refused(ring):
     if ring.world_size == 1:
@@ -450,6 +515,46 @@ def test_grouped_heads_without_the_cpu_operator(monkeypatch):
     found = *kernels.attention_forward(q, k, v, True), *kernels.attention_backward(dout, q, k, v, out, lse, True)
     for a, b in zip(found, expected):
         assert_close(a, b, 'grouped heads')
+
+
+def test_link_queues():
+    """8 Mbps is a byte a microsecond; 100 ms of latency."""
+    link = FakeLink(mbps=8, latency_ms=100)
+    assert link.send(10**6) == pytest.approx(1) and link.send(10**6) == pytest.approx(2)  # one after the other
+    link.receive(10**6, left=1.0)
+    assert link.now == pytest.approx(1.1)
+    link.receive(10**6, left=2.0)  # sent back to back: the latency is not paid again
+    assert link.now == pytest.approx(2.1)
+    link.receive(10**6, left=2.0)  # from another sender at the same time: our own end is the bottleneck
+    assert link.now == pytest.approx(3.1)
+    link.now = 5.0
+    link.receive(10**6, left=4.0)  # arrived while we computed
+    assert link.now == 5.0
+    assert link.send(10**6) == pytest.approx(6)  # an idle link sends at once
+    assert not Link().dialled and Link(latency_ms=1).send(10**9) == pytest.approx(Link.clock(), abs=60)
+
+
+@pytest.mark.parametrize('dtype', (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize('bits', (8, 4))
+def test_quantize(bits, dtype):
+    """Nearest: at most half a step off. Stochastic: at most one, and right on average."""
+    x = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0], x[1, 2] = 0, 1e4
+    levels = 2 ** (bits - 1) - 1
+
+    def there_and_back(stochastic):
+        q, scale = kernels.quantize(x, bits, stochastic)
+        assert q.dtype == torch.uint8 and q.shape == (50, -(-7 * bits // 8)) and scale.shape == (50, 1)
+        return kernels.dequantize(q, scale, bits, 7, torch.float64)
+    step = x.double().abs().amax(-1, keepdim=True) / levels * 1.02 + 1e-20
+    assert ((there_and_back(False) - x.double()).abs() <= step / 2).all()
+    torch.manual_seed(0)
+    n = 2000
+    found = [there_and_back(True) for _ in range(n)]
+    assert all(((f - x.double()).abs() <= step).all() for f in found)
+    bias = (sum(found) / n - x.double()) / step  # a step's standard deviation is at most 1/2
+    assert bias.abs().max() < 5 * 0.5 / n ** 0.5, bias.abs().max()
+    assert not torch.equal(found[0], found[1])
 
 
 def test_rope_depends_on_distance_alone():
@@ -825,6 +930,10 @@ def measure_drift(argv):
     (['--block_size=1600000'], r'block_size \(1600000\) must be below the length of the validation data'),
     (['--warm_start=500'], r'warm_start \(500\) must be below max_iters \(250\)'), (['--batch_size=0'], r'batch_size \(0\)'),
     (['--data=no/such/file'], "no file matches 'no/such/file'"), (['--init_from=resume'], 'there is no .*ckpt.pt'),
+    (['--send=full', '--interleave'], '--interleave does nothing with --send=full'), (['--tflops=1'], '--tflops does nothing with --plan'),
+    (['--send=local', '--wire_dtype=int8'], '--wire_dtype does nothing with --send=local'), (['--link_mbps=-1'], r'link_mbps \(-1.0\)'),
+    (['--sync_basis_every=2'], r'sync_basis_every \(2\) must be at most sync_every \(1\)'), (['--outer_lr=0.7'], 'do nothing with --sync_every=1'),
+    (['--send=full', '--exact_local=False'], '--exact_local does nothing with --send=full and --wire_dtype=compute'),
     (['--vocab_size=100'], r'outside vocab_size \(100\)'),
     (['--device=cuda'], r'needs a GPU per process: 1 processes on this machine, 0 GPUs'),
 ))
@@ -848,6 +957,30 @@ def test_flags():
     assert set(train.MODEL_FLAGS) == set(GPTConfig.__dataclass_fields__) - {'rope_base'}
     assert {name: d for name, d, _ in train.FLAGS if name in train.MODEL_FLAGS} == {
         **{name: f.default for name, f in GPTConfig.__dataclass_fields__.items() if name != 'rope_base'}, 'vocab_size': 0}
+
+
+def test_plan(capsys):
+    """--plan against the numbers written out: 4 ranks, 2 layers of d = 32, 128 tokens, bf16."""
+    argv = ['--plan', '--cp=4', '--block_size=128', '--n_chunks=8', '--n_layer=2', '--n_head=2', '--n_embd=32', '--batch_size=1000',
+            '--rank_k=0.1', '--rank_v=0.1', '--wire_dtype=int4', '--sync_every=10', '--tflops=1e-3']
+    assert train.main(argv) is None
+    text = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines() if line.startswith('|')]
+    mb = 3 * 32 * 1000 / 1e6  # tokens received, in millions
+    full = 2 * 32 * 2 * 2 * mb  # K and V, 2 layers
+    model = GPT(GPTConfig(block_size=128, n_chunks=8, n_layer=2, n_head=2, n_embd=32, rank_k=0.1, rank_v=0.1))
+    bases = sum(p.numel() for name, p in model.named_parameters() if 'compressor' in name) * 4 / 1e6
+    weights = sum(p.numel() for p in model.parameters()) * 4 / 1e6 - bases
+    ours = 2 * (3 + 2) * mb, 2 * 6 * 2 * mb
+    for row, (fwd, bwd, sync) in zip((rows[2], rows[6]), ((full, 2 * full, weights * 0.15), (*ours, weights * 0.15 + bases * 1.5))):
+        assert row[1:] == [f'{fwd:,.1f}', f'{bwd:,.1f}', f'{1 - (fwd + bwd) / 3 / full:.2%}', f'{sync:,.1f}', f'{(fwd + bwd) / 3:,.1f}']
+        seconds = rows[rows.index(row) + 7]
+        assert seconds[3] == f'{(fwd + bwd) * 8 / 300:,.2f} + {sync * 8 / 300:,.2f}'  # at 300 Mbps
+    compute = (6 * model.get_num_params() + 6 * 2 * 32 * 128) * 128_000 / 4 / 1e9
+    wire, sync = (ours[0] + ours[1]) * 8 / 300, (weights * 0.15 + bases * 1.5) * 8 / 300
+    assert rows[20][3] == '{:,.0f} ({:,.0f})'.format(128_000 / (max(compute, wire) + sync), 128_000 / (compute + wire + sync))
+    with pytest.raises(SystemExit, match=r'n_chunks \(16\) must be a multiple of 2 \* cp \(6\)'):
+        train.main(['--plan', '--cp=3'])
 
 
 def test_readme_names_only_flags_that_exist():

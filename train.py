@@ -102,6 +102,8 @@ FLAGS = [
     ('compile', False, 'torch.compile the model and the kernels around the ring'),
     ('link_mbps', 0.0, 'pretend that every rank hangs on a link this slow, in megabits a second each way; 0: do not'),
     ('latency_ms', 0.0, 'and that every message takes this long besides, in milliseconds'),
+    ('plan', False, 'print what crosses the wire, and how long that takes on which link, for --cp ranks (0: 8); no training'),
+    ('tflops', 370.0, 'for --plan: what a rank computes, in TFLOP/s; 370: measured, an H100 with the 800m preset'),
     ('timeout_s', 300, 'seconds after which a rank that waits for a silent peer gives up'),
 ]
 
@@ -136,13 +138,13 @@ NEEDS = {**dict.fromkeys(('compress_last', 'unplug_at'), {'send': LOSSY}), 'inte
                          {'send': ('subspace',)}),
          **dict.fromkeys(('generator', 'n_generators', 'exp', 'theta_clip'),
                          {'send': ('subspace',), 'basis': ('rotated',)}),
-         'topk': {'send': ('topk',)}}
+         'topk': {'send': ('topk',)}, 'tflops': {'plan': (True,)}}
 
 LOWEST = {**dict.fromkeys(('log_interval', 'eval_interval', 'eval_iters', 'batch_size', 'gradient_accumulation_steps',
                            'sync_every', 'sync_basis_every', 'timeout_s'), 1),
           **dict.fromkeys(('cp', 'warm_start', 'unplug_at', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'vocab_size',
                            'sample_tokens', 'seed', 'grad_clip', 'learning_rate', 'min_lr', 'weight_decay', 'beta1',
-                           'beta2', 'link_mbps', 'latency_ms', 'outer_lr', 'outer_momentum'), 0)}
+                           'beta2', 'link_mbps', 'latency_ms', 'outer_lr', 'outer_momentum', 'tflops'), 0)}
 
 MODEL_FLAGS = [f.name for f in dataclasses.fields(GPTConfig) if f.name in {name for name, _, _ in FLAGS}]
 # What a resumed run takes from its own command line rather than from the checkpoint
@@ -202,7 +204,7 @@ def parse_config(argv):
     for name, needs in NEEDS.items():
         for flag, values in needs.items():
             if name in given and config[flag] not in values:
-                fail(f'--{name} does nothing with --{flag}={config[flag]}: it needs --{flag}={" or ".join(values)}')
+                fail(f'--{name} does nothing with --{flag}={config[flag]}: it needs --{flag}={" or ".join(map(str, values))}')
     for name, lowest in LOWEST.items():
         if config[name] < lowest:
             fail(f'{name} ({config[name]}) must be at least {lowest}: change --{name}')
@@ -325,6 +327,64 @@ def get_batch(shards, batch_size, block_size, rng):
 
 
 # -----------------------------------------------------------------------------
+# Sizing a run before renting machines
+
+def plan(c):
+    """
+    Markdown tables for one ring of c.cp ranks: bytes a rank receives in an iteration, how long they take on links of
+    several speeds, and the tokens/s this allows, for this configuration beside others. All computed, nothing run.
+
+    Raises ValueError if the configuration is not possible.
+    """
+    P, links = c.cp or 8, {'50 Mbps': 50, '100 Mbps': 100, '300 Mbps': 300, '1 Gbps': 1000, '100 Gbps': 100_000}
+    itemsize, n_sequences = {'float32': 4, 'float64': 8}.get(c.dtype, 2), c.batch_size * c.gradient_accumulation_steps
+    full = dict(send='full', wire_dtype='compute', grad_wire_dtype='compute')
+    others = {'`--send=full`': full, '`--send=topk`': dict(full, send='topk'),
+              '`--send=full`, int4 both ways': dict(full, wire_dtype='int4', grad_wire_dtype='int4'),
+              '`--method=paper`': dict(full, send='subspace', **METHODS['paper']), '**this configuration**': {}}
+    rows, compute = {}, 0.0
+    for name, options in others.items():
+        o = argparse.Namespace(**{**vars(c), 'vocab_size': c.vocab_size or 256, **options})
+        config = GPTConfig(**{name: getattr(o, name) for name in MODEL_FLAGS})
+        zigzag(config.n_chunks, P, 0)
+        with torch.device('meta'):
+            model = GPT(config)
+        fwd, bwd = (n_sequences * (P - 1) * sum(bytes_) for bytes_ in
+                    zip(*(m.wire_bytes(c.block_size // P, itemsize) for m in model.compressors)))
+        bases = sum(p.nbytes for name, p in model.named_parameters() if 'compressor' in name)
+        weights = sum(p.nbytes for p in model.parameters()) - bases
+        sync = 2 * (P - 1) / P * (weights / o.sync_every + bases / o.sync_basis_every)
+        compute = compute or model.flops_per_token() * c.block_size * n_sequences / P / c.tflops / 1e12
+        rows[name] = fwd, bwd, sync
+    n_tokens, widest = n_sequences * c.block_size, max(map(len, rows))
+
+    def table(head, cells):
+        lines = [['', *head], ['---'] + ['---:'] * len(head), *([name, *row] for name, row in cells.items())]
+        return '\n'.join('| ' + ' | '.join([line[0].ljust(widest), *line[1:]]) + ' |' for line in lines)
+
+    def seconds(n_bytes, mbps):
+        return n_bytes * 8e-6 / mbps
+    all_full = sum(rows['`--send=full`'][:2])
+    return '\n\n'.join((
+        f'{P} ranks, {n_tokens:,} tokens an iteration, {itemsize} bytes a number; {compute:.2f} s of compute at {c.tflops:g} '
+        'TFLOP/s a rank. MB that a rank receives in an iteration; sync: its share of the all-reduces of weights or gradients; '
+        "own chunk once: the paper's accounting, each rank's chunk counted once forward and once backward:",
+        table(('forward', 'backward', 'less than full', 'sync', 'own chunk once'), {name: (
+            f'{fwd / 1e6:,.1f}', f'{bwd / 1e6:,.1f}', f'{1 - (fwd + bwd) / all_full:.2%}', f'{sync / 1e6:,.1f}',
+            f'{(fwd + bwd) / (P - 1) / 1e6:,.1f}') for name, (fwd, bwd, sync) in rows.items()} if P > 1 else {}),
+        'Seconds an iteration on the wire, ring + sync:',
+        table(links, {name: [f'{seconds(fwd + bwd, mbps):,.2f} + {seconds(sync, mbps):,.2f}' for mbps in links.values()]
+                      for name, (fwd, bwd, sync) in rows.items()}),
+        'Tokens/s if the ring is wholly hidden under compute (if not at all); sync is never hidden; latency not counted:',
+        table(links, {name: ['{:,.0f} ({:,.0f})'.format(*(n_tokens / (time + seconds(sync, mbps)) for time in (
+            max(compute, seconds(fwd + bwd, mbps)), compute + seconds(fwd + bwd, mbps)))) for mbps in links.values()]
+            for name, (fwd, bwd, sync) in rows.items()}),
+        'To hide under compute, the ring may bring a rank at most ' + ', '.join(
+            f'{compute * mbps / 8:,.1f} MB at {link} ({1 - compute * mbps * 1e6 / 8 / all_full:.2%} less than full)'
+            for link, mbps in links.items() if compute * mbps * 1e6 / 8 < all_full) + '.'))
+
+
+# -----------------------------------------------------------------------------
 # The run
 
 def pick_device(wanted, local_rank, local_world_size):
@@ -365,6 +425,12 @@ def main(argv=None):
     local_rank, local_world_size = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     master = rank == 0
     out_dir = Path(c.out_dir)
+    if c.plan:
+        try:
+            print(plan(c))
+        except ValueError as e:
+            fail(e)
+        return None
 
     # -- everything that can be wrong is found before the first byte is sent
     cp = c.cp or world_size
@@ -425,12 +491,14 @@ def main(argv=None):
     bases = [p for name, p in raw_model.named_parameters() if 'compressor' in name]
     weights = [p for name, p in raw_model.named_parameters() if 'compressor' not in name]
     sync_groups = (weights, c.sync_every), (bases, c.sync_basis_every)
-    plain = c.sync_every == 1 or (c.outer_lr == 1 and c.outer_momentum == 0)  # weights after a sync: their average
-    outer = [] if plain else [(p.data.clone(), torch.zeros_like(p)) for p in weights]
-    if checkpoint:
-        for state, saved in zip(outer, checkpoint['outer']):
-            torch._foreach_copy_(state, saved)
-        checkpoint = None  # frees its memory
+    anchors, outer = [], None  # the weights after the last sync, if the next does not start from the average alone
+    if (c.outer_lr, c.outer_momentum) != (1, 0):
+        anchors = [p.detach().clone() for p in weights]
+        outer = torch.optim.SGD(anchors, c.outer_lr, c.outer_momentum, nesterov=c.outer_momentum > 0)
+        if checkpoint:
+            outer.load_state_dict(checkpoint['outer'])
+            torch._foreach_copy_(anchors, checkpoint['anchors'])
+    checkpoint = None  # frees its memory
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
     # -- what a step is
@@ -480,13 +548,13 @@ def main(argv=None):
         """Weights and AdamW's moments, of which the step counters need no averaging."""
         average(params + [t for state in optimizer.state.values() for t in state.values() if t.dim()], ring)
 
+    @torch.no_grad()
     def outer_step():
-        """From the weights after the last sync towards those just averaged, with Nesterov's momentum (DiLoCo)."""
-        for p, (anchor, velocity) in zip(weights, outer):
-            step = anchor - p.data  # (the shape of p): the negative of what training did
-            velocity.mul_(c.outer_momentum).add_(step)
-            anchor.sub_(step.add_(velocity, alpha=c.outer_momentum), alpha=c.outer_lr)
-            p.data.copy_(anchor)
+        """From the weights after the last sync towards those just averaged, by SGD on the difference (DiLoCo)."""
+        for p, anchor in zip(weights, anchors):
+            anchor.grad = anchor - p
+        outer.step()
+        torch._foreach_copy_(weights, anchors)
 
     def say(text):
         if master:
@@ -544,7 +612,8 @@ def main(argv=None):
                 save_checkpoint(out_dir / 'ckpt.pt', {
                     'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
                     'model_args': {name: getattr(c, name) for name in MODEL_FLAGS}, 'iter_num': iter_num,
-                    'best_val_loss': best_val_loss, 'seconds': seconds, 'outer': outer})
+                    'best_val_loss': best_val_loss, 'seconds': seconds, 'anchors': anchors,
+                    'outer': outer.state_dict() if outer else None})
 
         received_sync += meter.received_sync
         if iter_num >= c.max_iters or c.eval_only:
@@ -578,7 +647,7 @@ def main(argv=None):
         iter_num += 1
         due = [p for group, every in sync_groups if 1 < every and iter_num % every == 0 for p in group]
         average([p.data for p in due], ring)
-        if c.sync_every > 1 and iter_num % c.sync_every == 0:
+        if outer and iter_num % c.sync_every == 0:
             outer_step()
         bar.update()
         received += meter.received_fwd + meter.received_bwd
