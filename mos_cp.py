@@ -24,7 +24,7 @@ from ring import Ring, attend, depart
 CHOICES = {  # the values each option takes; train.py's flags check against these too
     'send': ('full', 'local', 'topk', 'subspace'),
     'wire_dtype': ('compute', 'bf16', 'int8', 'int4'),
-    'grad_wire_dtype': ('compute', 'bf16', 'int8', 'int4'),
+    'grad_wire_dtype': ('same', 'compute', 'bf16', 'int8', 'int4'),
     'basis': ('fixed', 'rotated', 'learned'),
     'generator': ('frobenius', 'spectral', 'principal'),
     'exp': ('taylor', 'exact'),
@@ -58,8 +58,8 @@ class GPTConfig:
     theta_clip: float = 0.5
     topk: float = 0.1
     compress_last: bool = True
-    wire_dtype: str = 'compute'  # of what travels forward; 'compute': the dtype it was computed in
-    grad_wire_dtype: str = 'compute'  # of the gradient that travels back
+    wire_dtype: str = 'compute'  # of what travels; 'compute': the dtype it was computed in
+    grad_wire_dtype: str = 'same'  # of the gradient that travels back
     interleave: bool = False  # the front and the back half of a rank's tokens compute in turn
 
     def __post_init__(self):
@@ -243,7 +243,8 @@ class Compressor(nn.Module):
         """In what numbers it is sent now."""
         if self.configured == 'full' and self.config.send != 'full' or not self.on:
             return 'compute'
-        return self.config.grad_wire_dtype if gradient else self.config.wire_dtype
+        dtype = self.config.grad_wire_dtype
+        return dtype if gradient and dtype != 'same' else self.config.wire_dtype
 
     @property
     def exact_local(self):

@@ -221,6 +221,16 @@ def average(tensors, ring):
     torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
 
 
+def broadcast(tensors, ring):
+    """Replace tensors on all ranks of the run by those of the first."""
+    if dist.is_initialized() and tensors:
+        n_bytes = sum(t.nbytes for t in tensors)
+        for t in tensors:
+            dist.broadcast(t.detach(), 0)
+        ring.meter.count('sync', n_bytes, n_bytes)
+        ring.link.receive(n_bytes, ring.link.send(n_bytes))
+
+
 # -----------------------------------------------------------------------------
 # A payload's journey
 

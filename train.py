@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import kernels
 from mos_cp import CHOICES, GPT, GPTConfig
-from ring import Link, Ring, average, zigzag
+from ring import Link, Ring, average, broadcast, zigzag
 
 # -----------------------------------------------------------------------------
 # Configuration: (flag, default, meaning). The default's type is the flag's type.
@@ -61,8 +61,8 @@ FLAGS = [
     ('vocab_size', 0, 'vocabulary; 0: from the data (256 for text, largest token + 1 for .bin)'),
     # what crosses the wire
     ('send', 'subspace', 'full (uncompressed), local (nothing), topk, or subspace'),
-    ('wire_dtype', 'compute', 'of what is sent forward: compute (as computed), bf16, int8 or int4'),
-    ('grad_wire_dtype', 'compute', 'of the gradient that is sent back, stochastically rounded: the same choices'),
+    ('wire_dtype', 'compute', 'of what is sent: compute (as computed), bf16, int8 or int4; its gradient is rounded stochastically'),
+    ('grad_wire_dtype', 'same', 'of that gradient alone, if not the same'),
     ('exact_local', True, 'a chunk attends to its own keys and values exactly; False (the paper): to rebuilt ones'),
     ('joint_kv', True, 'one subspace for keys and values together, of rank r_k + r_v; False: one each'),
     ('basis', 'learned', 'fixed, learned (a trained parameter), or rotated (the paper: by the mean of the chunk)'),
@@ -95,6 +95,7 @@ FLAGS = [
     ('cp', 0, 'ranks that share one sequence; 0: all. The others are data parallel: dp = world size / cp'),
     ('sync_every', 1, '1: average gradients every iteration (exact); c: average weights every c, and to validate'),
     ('sync_basis_every', 1, 'the same for the learned basis alone, which sender and receiver share; at most sync_every'),
+    ('sync_dtype', 'param', 'with sync_every > 1: of what is averaged, how far the weights moved: param (as they are) or bf16'),
     ('outer_lr', 1.0, 'with sync_every > 1: step from the last average towards the new one; 1: the average itself'),
     ('outer_momentum', 0.0, "Nesterov's momentum of that step (DiLoCo); 0: none"),
     ('device', 'auto', 'auto, cpu or cuda; auto takes cuda if every process on the machine can have a GPU'),
@@ -125,7 +126,7 @@ METHODS = {
 }
 
 CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS), 'init_from': ('scratch', 'resume'),
-           'warm_basis': ('activations', 'weights'), 'device': ('auto', 'cpu', 'cuda'),
+           'warm_basis': ('activations', 'weights'), 'sync_dtype': ('param', 'bf16'), 'device': ('auto', 'cpu', 'cuda'),
            'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, by the vendor's datasheets, for the MFU
@@ -219,8 +220,9 @@ def parse_config(argv):
         c.warm_start = 0
     if c.sync_basis_every > c.sync_every:
         fail(f'sync_basis_every ({c.sync_basis_every}) must be at most sync_every ({c.sync_every}): change one of them')
-    if c.sync_every == 1 and (c.outer_lr, c.outer_momentum) != (1, 0):
-        fail('--outer_lr and --outer_momentum do nothing with --sync_every=1, which averages gradients')
+    for name in ('sync_dtype', 'outer_lr', 'outer_momentum'):
+        if c.sync_every == 1 and name in given:
+            fail(f'--{name} does nothing with --sync_every=1, which averages gradients: raise --sync_every')
     if c.send == 'subspace' and 0 < c.max_iters <= c.warm_start:
         fail(f'warm_start ({c.warm_start}) must be below max_iters ({c.max_iters}), or nothing is ever compressed: '
              'change --warm_start or --max_iters')
@@ -338,9 +340,9 @@ def plan(c):
     """
     P, links = c.cp or 8, {'50 Mbps': 50, '100 Mbps': 100, '300 Mbps': 300, '1 Gbps': 1000, '100 Gbps': 100_000}
     itemsize, n_sequences = {'float32': 4, 'float64': 8}.get(c.dtype, 2), c.batch_size * c.gradient_accumulation_steps
-    full = dict(send='full', wire_dtype='compute', grad_wire_dtype='compute')
+    full = dict(send='full', wire_dtype='compute', grad_wire_dtype='same')
     others = {'`--send=full`': full, '`--send=topk`': dict(full, send='topk'),
-              '`--send=full`, int4 both ways': dict(full, wire_dtype='int4', grad_wire_dtype='int4'),
+              '`--send=full`, int4 both ways': dict(full, wire_dtype='int4'),
               '`--method=paper`': dict(full, send='subspace', **METHODS['paper']), '**this configuration**': {}}
     rows, compute = {}, 0.0
     for name, options in others.items():
@@ -447,7 +449,7 @@ def main(argv=None):
         c.vocab_size = c.vocab_size or (256 if c.data == 'stdlib' else vocab_size)
         config = GPTConfig(**{name: getattr(c, name) for name in MODEL_FLAGS})
         zigzag(config.n_chunks, cp, 0)
-        if master:
+        if master or c.sync_every > 1:
             out_dir.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as e:
         fail(e)
@@ -477,12 +479,9 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint['optimizer'])
         iter_num, best_val_loss, seconds = (checkpoint[k] for k in ('iter_num', 'best_val_loss', 'seconds'))
 
-    def broadcast_model():
-        if world_size > 1:
-            for tensor in raw_model.state_dict().values():
-                dist.broadcast(tensor, 0)
-
-    broadcast_model()
+    if world_size > 1:
+        for tensor in raw_model.state_dict().values():
+            dist.broadcast(tensor, 0)
     model = raw_model
     if c.compile:
         kernels.fuse()
@@ -490,14 +489,14 @@ def main(argv=None):
     params = [p for p in raw_model.parameters() if p.requires_grad]
     bases = [p for name, p in raw_model.named_parameters() if 'compressor' in name]
     weights = [p for name, p in raw_model.named_parameters() if 'compressor' not in name]
-    sync_groups = (weights, c.sync_every), (bases, c.sync_basis_every)
-    anchors, outer = [], None  # the weights after the last sync, if the next does not start from the average alone
-    if (c.outer_lr, c.outer_momentum) != (1, 0):
-        anchors = [p.detach().clone() for p in weights]
-        outer = torch.optim.SGD(anchors, c.outer_lr, c.outer_momentum, nesterov=c.outer_momentum > 0)
-        if checkpoint:
-            outer.load_state_dict(checkpoint['outer'])
-            torch._foreach_copy_(anchors, checkpoint['anchors'])
+    anchors = [p.detach().clone() for p in weights] if c.sync_every > 1 else []  # the weights after the last sync
+    outer = torch.optim.SGD(anchors, c.outer_lr, c.outer_momentum, nesterov=c.outer_momentum > 0) if anchors else None
+    own_path = out_dir / f'ckpt_rank{rank}.pt'  # with sync_every > 1 every rank's AdamW has its own moments
+    if checkpoint and outer:
+        outer.load_state_dict(checkpoint['outer'])
+        own = torch.load(own_path, map_location='cpu', weights_only=True) if own_path.exists() else {}
+        if (own.get('iter_num'), own.get('world_size')) == (iter_num, world_size):
+            optimizer.load_state_dict(own['optimizer'])
     checkpoint = None  # frees its memory
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
@@ -542,19 +541,23 @@ def main(argv=None):
             moments = [sum(ms) for ms in zip(*moments)]
         average(moments, ring)
         raw_model.set_bases(moments)
-        broadcast_model()  # machines may differ in the last digit of an eigenvector
-
-    def average_model():
-        """Weights and AdamW's moments, of which the step counters need no averaging."""
-        average(params + [t for state in optimizer.state.values() for t in state.values() if t.dim()], ring)
+        broadcast(bases, ring)  # machines may differ in the last digit of an eigenvector
 
     @torch.no_grad()
-    def outer_step():
-        """From the weights after the last sync towards those just averaged, by SGD on the difference (DiLoCo)."""
-        for p, anchor in zip(weights, anchors):
-            anchor.grad = anchor - p
+    def sync_weights():
+        """
+        Make the ranks' models one again: SGD on the mean of how far each has moved since the last time (DiLoCo, Douillard et
+        al. 2023). With outer_lr 1 and no momentum that is the mean of the weights.
+        """
+        moved = [(anchor - p).to(torch.bfloat16 if c.sync_dtype == 'bf16' else p.dtype) for p, anchor in zip(weights, anchors)]
+        average(moved, ring)
+        for anchor, delta in zip(anchors, moved):
+            anchor.grad = delta.to(anchor.dtype)
         outer.step()
+        outer.zero_grad(set_to_none=True)
         torch._foreach_copy_(weights, anchors)
+        if c.sync_basis_every > 1:
+            average(bases, ring)
 
     def say(text):
         if master:
@@ -583,7 +586,7 @@ def main(argv=None):
         f'{tokens_per_iter:,} tokens per iteration')
 
     # -- the loop
-    meter, itemsize, first_iter = ring.meter, dtype.itemsize, iter_num
+    meter, itemsize, first_iter, last_sync = ring.meter, dtype.itemsize, iter_num, iter_num
     # what this rank would receive in one iteration uncompressed: K and V; K and V again, and their gradients
     full_bytes = 3 * 2 * config.kv_dim * itemsize * c.n_layer * c.block_size // cp * (cp - 1) * c.batch_size * micro_steps
     gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
@@ -594,8 +597,9 @@ def main(argv=None):
         validating = iter_num % c.eval_interval == 0 or iter_num >= c.max_iters or c.eval_only
         ending_warm_start = iter_num == c.warm_start > 0 and not c.eval_only
         meter.reset()
-        if c.sync_every > 1 and iter_num > first_iter and (validating or ending_warm_start):
-            average_model()  # one model, not one per rank, is analysed, validated and saved
+        if c.sync_every > 1 and iter_num > last_sync and (validating or ending_warm_start):
+            sync_weights()  # one model, not one per rank, is analysed, validated and saved
+            last_sync = iter_num
         if ending_warm_start:
             raw_model.set_compression(False)
             start_bases()
@@ -608,12 +612,14 @@ def main(argv=None):
             val_loss = record['val_loss'] = validate()
             say(f'iter {iter_num}: val loss {val_loss:.4f}')
             best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
-            if master and not c.eval_only and iter_num > first_iter and (best or c.always_save_checkpoint):
+            saving = not c.eval_only and iter_num > first_iter and (best or c.always_save_checkpoint)
+            if saving and outer:
+                save_checkpoint(own_path, {'optimizer': optimizer.state_dict(), 'iter_num': iter_num, 'world_size': world_size})
+            if saving and master:
                 save_checkpoint(out_dir / 'ckpt.pt', {
                     'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
                     'model_args': {name: getattr(c, name) for name in MODEL_FLAGS}, 'iter_num': iter_num,
-                    'best_val_loss': best_val_loss, 'seconds': seconds, 'anchors': anchors,
-                    'outer': outer.state_dict() if outer else None})
+                    'best_val_loss': best_val_loss, 'seconds': seconds, 'outer': outer.state_dict() if outer else None})
 
         received_sync += meter.received_sync
         if iter_num >= c.max_iters or c.eval_only:
@@ -634,21 +640,21 @@ def main(argv=None):
                 micro_loss = model(x, y)[1] / micro_steps
             micro_loss.backward()
             loss += micro_loss.detach()
-        shared = [p.grad for group, every in sync_groups if every == 1 for p in group if p.grad is not None]
         grads = [p.grad for p in params if p.grad is not None]
         if c.sync_every == 1:
-            average(shared, ring)
+            average(grads, ring)
         grad_norm = torch.nn.utils.get_total_norm(grads)
-        if c.sync_every > 1 and shared:  # what all ranks share must be clipped alike on all
-            average([grad_norm, *shared], ring)
+        if c.sync_every > 1 and c.sync_basis_every == 1:  # what all ranks share must be clipped alike on all
+            average([grad_norm, *(p.grad for p in bases if p.grad is not None)], ring)
         torch.nn.utils.clip_grads_with_norm_(params, c.grad_clip or float('inf'), grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         iter_num += 1
-        due = [p for group, every in sync_groups if 1 < every and iter_num % every == 0 for p in group]
-        average([p.data for p in due], ring)
-        if outer and iter_num % c.sync_every == 0:
-            outer_step()
+        if c.sync_every > 1 and iter_num % c.sync_every == 0:
+            sync_weights()
+            last_sync = iter_num
+        elif c.sync_basis_every > 1 and iter_num % c.sync_basis_every == 0:
+            average(bases, ring)
         bar.update()
         received += meter.received_fwd + meter.received_bwd
         received_sync += meter.received_sync
