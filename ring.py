@@ -87,26 +87,30 @@ class Link:
     """
     A slow full-duplex link between this rank and all others, dialled on top of the real transfers: what is
     sent leaves through one queue of `mbps` megabits a second, what is received arrives through another, and
-    in between lie `latency_ms` milliseconds. mbps 0: as fast as the machine.
+    in between lie `latency_ms` milliseconds, one way. mbps 0: as fast as the machine.
+
+    handshake: gloo's way: a message starts only when the receiver's word that it is ready has come, one latency after
+    both asked for the exchange or, as that word waits its turn like all data, after what was being sent before.
 
     Clocks of several machines must agree to better than the latency (all ranks of one machine share one).
     """
     clock, sleep = staticmethod(time.time), staticmethod(time.sleep)
 
-    def __init__(self, mbps=0.0, latency_ms=0.0):
+    def __init__(self, mbps=0.0, latency_ms=0.0, handshake=False):
         self.dialled = mbps > 0 or latency_ms > 0
         self.seconds_per_byte = 8e-6 / mbps if mbps else 0.0
         self.latency = latency_ms / 1e3
+        self.handshake = self.latency if handshake else 0.0
         self.sent_until = self.received_until = 0.0
 
     def send(self, n_bytes):
         """Queue n_bytes for sending now. Returns the time (s) when the last of them leaves."""
-        self.sent_until = max(self.sent_until, self.clock()) + n_bytes * self.seconds_per_byte
+        self.sent_until = max(self.sent_until, self.clock()) + self.handshake + n_bytes * self.seconds_per_byte
         return self.sent_until
 
-    def receive(self, n_bytes, left, latencies=1):
+    def receive(self, n_bytes, left):
         """Wait until n_bytes, the last of which left their sender at time `left`, have arrived."""
-        self.received_until = max(self.received_until + n_bytes * self.seconds_per_byte, left + latencies * self.latency)
+        self.received_until = max(self.received_until + n_bytes * self.seconds_per_byte, left + self.latency)
         self.sleep(max(0.0, self.received_until - self.clock()))
 
 
@@ -216,7 +220,7 @@ def average(tensors, ring):
         dist.all_reduce(left, dist.ReduceOp.MAX)  # it ends for none before the last has begun
     dist.all_reduce(flat)
     if link.dialled:
-        link.receive(n_bytes, left.item(), latencies=2 * (N - 1))
+        link.receive(n_bytes, left.item() + (2 * (N - 1) - 1) * (link.latency + link.handshake))  # one after the other
     parts = flat.div_(N).split([t.numel() for t in tensors])
     torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
 

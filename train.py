@@ -102,7 +102,7 @@ FLAGS = [
     ('dtype', 'auto', 'auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 (autocast) or float64'),
     ('compile', False, 'torch.compile the model and the kernels around the ring'),
     ('link_mbps', 0.0, 'pretend that every rank hangs on a link this slow, in megabits a second each way; 0: do not'),
-    ('latency_ms', 0.0, 'and that every message takes this long besides, in milliseconds'),
+    ('latency_ms', 0.0, 'and that a message takes this long one way besides, in milliseconds (gloo adds its own handshake)'),
     ('plan', False, 'print what crosses the wire, and how long that takes on which link, for --cp ranks (0: 8); no training'),
     ('tflops', 370.0, 'for --plan: what a rank computes, in TFLOP/s; 370: measured, an H100 with the 800m preset'),
     ('timeout_s', 300, 'seconds after which a rank that waits for a silent peer gives up'),
@@ -459,7 +459,7 @@ def main(argv=None):
     dtype = getattr(torch, default if c.dtype == 'auto' else c.dtype)
 
     # -- groups: world = dp x cp; the ranks of a ring are neighbours and see the same sequences
-    link = Link(c.link_mbps, c.latency_ms)
+    link = Link(c.link_mbps, c.latency_ms, handshake=device.type == 'cpu')  # of gloo
     ring, dp_rank = Ring(link=link), 0
     if world_size > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(seconds=c.timeout_s),
