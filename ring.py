@@ -89,8 +89,8 @@ class Link:
     sent leaves through one queue of `mbps` megabits a second, what is received arrives through another, and
     in between lie `latency_ms` milliseconds, one way. mbps 0: as fast as the machine.
 
-    handshake: gloo's way: a message starts only when the receiver's word that it is ready has come, one latency after
-    both asked for the exchange or, as that word waits its turn like all data, after what was being sent before.
+    handshake: gloo's way: a message starts only when the receiver's word that it is ready has come, a latency after both
+    have asked for the exchange. That word waits its turn behind data already leaving.
 
     Clocks of several machines must agree to better than the latency (all ranks of one machine share one).
     """
@@ -101,11 +101,17 @@ class Link:
         self.seconds_per_byte = 8e-6 / mbps if mbps else 0.0
         self.latency = latency_ms / 1e3
         self.handshake = self.latency if handshake else 0.0
-        self.sent_until = self.received_until = 0.0
+        self.sending_from = self.sent_until = self.received_until = 0.0
 
     def send(self, n_bytes):
         """Queue n_bytes for sending now. Returns the time (s) when the last of them leaves."""
-        self.sent_until = max(self.sent_until, self.clock()) + self.handshake + n_bytes * self.seconds_per_byte
+        ready = self.clock()
+        if self.handshake and ready > self.sending_from:
+            ready = max(ready, self.sent_until)
+        start = ready + self.handshake
+        if start > self.sent_until:  # after a pause
+            self.sending_from = self.sent_until = start
+        self.sent_until += n_bytes * self.seconds_per_byte
         return self.sent_until
 
     def receive(self, n_bytes, left):
@@ -316,6 +322,7 @@ class Transit:
 
 
 class _Depart(torch.autograd.Function):
+    """The identity. Its backward comes after that of every `attend` that uses the payload: then the gradient is complete."""
 
     @staticmethod
     def forward(ctx, transit, *payload):
@@ -340,10 +347,12 @@ def depart(payload, *, ring, keep=True, pack=same, unpack=same, n_uses=1):
         small payload; for uncompressed keys and values it would undo the memory saving of context parallelism.
     pack, unpack: the lossy last step: pack(payload) -> tensors that travel, unpack(those, dtype of the payload) -> payload.
         Gradients pass straight through it. With gradient=True, the same for the gradient of the floating-point ones.
-    n_uses: how many calls of `attend` will be given the result.
+    n_uses: how many calls of `attend` will be given the result. More than one needs keep.
 
     Returns what `attend` takes: (transit, payload).
     """
+    if n_uses > 1 and not keep:
+        raise ValueError(f'a payload that is not kept (keep={keep}) can be attended to once, not {n_uses} times')
     if not payload:
         return None, ()
     transit = Transit(payload, ring, keep, pack, unpack, n_uses)
@@ -381,13 +390,6 @@ def attend(q, sent, expand, params=(), local_kv=None, *, ring, chunk_size, causa
     transits, payloads = zip(*sent)
     spec = _Spec(ring, expand, causal, chunk_size, n_parts, [t for t in transits if t], [len(p) for p in payloads if p])
     return _Attend.apply(spec, q, *(local_kv or (None, None)), *itertools.chain(*payloads), *params)
-
-
-def ring_attention(q, payload, expand, params=(), local_kv=None, *, ring, chunk_size, causal=True, keep=True,
-                   pack=same, unpack=same):
-    """`depart` and `attend` in one call."""
-    sent = depart(payload, ring=ring, keep=keep, pack=pack, unpack=unpack)
-    return attend(q, [sent], expand, params, local_kv, ring=ring, chunk_size=chunk_size, causal=causal)
 
 
 @dataclass

@@ -24,7 +24,7 @@ import mos_cp
 import ring as ring_module
 import train
 from mos_cp import GPT, GPTConfig
-from ring import Link, Ring, attend, average, depart, ring_attention, same, visible, zigzag
+from ring import Link, Ring, attend, average, depart, same, visible, zigzag
 
 
 def relative_error(a, b):
@@ -41,9 +41,14 @@ def assert_close(a, b, what, tolerance=1e-10):
 # -----------------------------------------------------------------------------
 # The oracle
 
+def ring_attention(q, payload, expand, params, local_kv, *, ring, chunk_size, causal, keep):
+    """`depart` and `attend` in one call."""
+    return attend(q, [depart(payload, ring=ring, keep=keep)], expand, params, local_kv, ring=ring, chunk_size=chunk_size, causal=causal)
+
+
 def dense_attention(q, payload, expand, params=(), local_kv=None, *, ring, chunk_size, causal=True, keep=True,
                     pack=same, unpack=same):
-    """`ring_attention` on one process: all scores at once, one mask, one softmax, gradients by autograd."""
+    """The same on one process: all scores at once, one mask, one softmax, gradients by autograd."""
     t = torch.arange(q.shape[2])
     past = t[:, None] >= t if causal else torch.ones(len(t), len(t), dtype=torch.bool)
     own = t[:, None] // chunk_size == t // chunk_size
@@ -500,7 +505,7 @@ def test_sums_over_blocks_are_float32(monkeypatch):
 
     def expand(payload, params, at):
         return kernels.to_heads(*payload, torch.ones(len(at), hd // 2), torch.zeros(len(at), hd // 2))
-    out = ring_attention(q, payload, expand, (), local_kv, ring=Ring(), chunk_size=4, causal=False)
+    out = ring_attention(q, payload, expand, (), local_kv, ring=Ring(), chunk_size=4, causal=False, keep=True)
     out.backward(torch.ones_like(out))
     assert (q.grad[:, :, 4:8] == 258).all() and all((p.grad[:, 4:] == 258).all() for p in payload)
     total = None
@@ -534,8 +539,10 @@ def test_link_queues():
     link.receive(10**6, left=4.0)  # arrived while we computed
     assert link.now == 5.0
     assert link.send(10**6) == pytest.approx(6)  # an idle link sends at once
-    gloo = FakeLink(mbps=8, latency_ms=100, handshake=True)  # "ready" takes a latency too, and waits for what is being sent
-    assert gloo.send(10**6) == pytest.approx(1.1) and gloo.send(10**6) == pytest.approx(2.2)
+    gloo = FakeLink(mbps=8, latency_ms=100, handshake=True)  # "ready" takes a latency too
+    assert gloo.send(10**6) == pytest.approx(1.1) and gloo.send(10**6) == pytest.approx(2.1)  # asked for before data left
+    gloo.now = 1.0
+    assert gloo.send(10**6) == pytest.approx(3.2)  # "ready" waits until 2.1
     assert not Link().dialled and Link(latency_ms=1).send(10**9) == pytest.approx(Link.clock(), abs=60)
 
 
