@@ -89,8 +89,7 @@ class Link:
     sent leaves through one queue of `mbps` megabits a second, what is received arrives through another, and
     in between lie `latency_ms` milliseconds, one way. mbps 0: as fast as the machine.
 
-    handshake: gloo's way: a message starts only when the receiver's word that it is ready has come, a latency after both
-    have asked for the exchange. That word waits its turn behind data already leaving.
+    handshake: gloo's way: a message leaves only when the receiver's word that it is ready has come: another latency.
 
     Clocks of several machines must agree to better than the latency (all ranks of one machine share one).
     """
@@ -99,19 +98,12 @@ class Link:
     def __init__(self, mbps=0.0, latency_ms=0.0, handshake=False):
         self.dialled = mbps > 0 or latency_ms > 0
         self.seconds_per_byte = 8e-6 / mbps if mbps else 0.0
-        self.latency = latency_ms / 1e3
-        self.handshake = self.latency if handshake else 0.0
-        self.sending_from = self.sent_until = self.received_until = 0.0
+        self.latency = latency_ms / 1e3 * (1 + handshake)
+        self.sent_until = self.received_until = 0.0
 
     def send(self, n_bytes):
         """Queue n_bytes for sending now. Returns the time (s) when the last of them leaves."""
-        ready = self.clock()
-        if self.handshake and ready > self.sending_from:
-            ready = max(ready, self.sent_until)
-        start = ready + self.handshake
-        if start > self.sent_until:  # after a pause
-            self.sending_from = self.sent_until = start
-        self.sent_until += n_bytes * self.seconds_per_byte
+        self.sent_until = max(self.sent_until, self.clock()) + n_bytes * self.seconds_per_byte
         return self.sent_until
 
     def receive(self, n_bytes, left):
@@ -226,7 +218,7 @@ def average(tensors, ring):
         dist.all_reduce(left, dist.ReduceOp.MAX)  # it ends for none before the last has begun
     dist.all_reduce(flat)
     if link.dialled:
-        link.receive(n_bytes, left.item() + (2 * (N - 1) - 1) * (link.latency + link.handshake))  # one after the other
+        link.receive(n_bytes, left.item() + (2 * (N - 1) - 1) * link.latency)  # one after the other
     parts = flat.div_(N).split([t.numel() for t in tensors])
     torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
 
