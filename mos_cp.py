@@ -241,7 +241,8 @@ class Compressor(nn.Module):
 
     def wire_dtype(self, gradient=False):
         """In what numbers it is sent now."""
-        if self.configured == 'full' and self.config.send != 'full' or not self.on:
+        left_out = self.configured != self.config.send  # the last layer, if compress_last is off
+        if left_out or not self.on:
             return 'compute'
         dtype = self.config.grad_wire_dtype
         return dtype if gradient and dtype != 'same' else self.config.wire_dtype

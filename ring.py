@@ -225,7 +225,7 @@ def average(tensors, ring):
 
 def broadcast(tensors, ring):
     """Replace tensors on all ranks of the run by those of the first."""
-    if dist.is_initialized() and tensors:
+    if dist.is_initialized():
         n_bytes = sum(t.nbytes for t in tensors)
         for t in tensors:
             dist.broadcast(t.detach(), 0)

@@ -338,6 +338,8 @@ def plan(c):
 
     Raises ValueError if the configuration is not possible.
     """
+    if c.cp == 1:
+        raise ValueError('on cp (1) rank nothing crosses a wire: change --cp')
     P, links = c.cp or 8, {'50 Mbps': 50, '100 Mbps': 100, '300 Mbps': 300, '1 Gbps': 1000, '100 Gbps': 100_000}
     itemsize, n_sequences = {'float32': 4, 'float64': 8}.get(c.dtype, 2), c.batch_size * c.gradient_accumulation_steps
     full = dict(send='full', wire_dtype='compute', grad_wire_dtype='same')
@@ -355,6 +357,7 @@ def plan(c):
                     zip(*(m.wire_bytes(c.block_size // P, itemsize) for m in model.compressors)))
         bases = sum(p.nbytes for name, p in model.named_parameters() if 'compressor' in name)
         weights = sum(p.nbytes for p in model.parameters()) - bases
+        weights /= 2 if o.sync_every > 1 and o.sync_dtype == 'bf16' else 1
         sync = 2 * (P - 1) / P * (weights / o.sync_every + bases / o.sync_basis_every)
         compute = compute or model.flops_per_token() * c.block_size * n_sequences / P / c.tflops / 1e12
         rows[name] = fwd, bwd, sync
@@ -373,7 +376,7 @@ def plan(c):
         "own chunk once: the paper's accounting, each rank's chunk counted once forward and once backward:",
         table(('forward', 'backward', 'less than full', 'sync', 'own chunk once'), {name: (
             f'{fwd / 1e6:,.1f}', f'{bwd / 1e6:,.1f}', f'{1 - (fwd + bwd) / all_full:.2%}', f'{sync / 1e6:,.1f}',
-            f'{(fwd + bwd) / (P - 1) / 1e6:,.1f}') for name, (fwd, bwd, sync) in rows.items()} if P > 1 else {}),
+            f'{(fwd + bwd) / (P - 1) / 1e6:,.1f}') for name, (fwd, bwd, sync) in rows.items()}),
         'Seconds an iteration on the wire, ring + sync:',
         table(links, {name: [f'{seconds(fwd + bwd, mbps):,.2f} + {seconds(sync, mbps):,.2f}' for mbps in links.values()]
                       for name, (fwd, bwd, sync) in rows.items()}),
@@ -479,7 +482,7 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint['optimizer'])
         iter_num, best_val_loss, seconds = (checkpoint[k] for k in ('iter_num', 'best_val_loss', 'seconds'))
 
-    if world_size > 1:
+    if world_size > 1:  # before the run proper: neither counted nor delayed
         for tensor in raw_model.state_dict().values():
             dist.broadcast(tensor, 0)
     model = raw_model
@@ -541,7 +544,8 @@ def main(argv=None):
             moments = [sum(ms) for ms in zip(*moments)]
         average(moments, ring)
         raw_model.set_bases(moments)
-        broadcast(bases, ring)  # machines may differ in the last digit of an eigenvector
+        # machines may differ in the last digit of an eigenvector
+        broadcast([t for name, t in raw_model.state_dict().items() if name.endswith('U0')], ring)
 
     @torch.no_grad()
     def sync_weights():
