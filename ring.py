@@ -13,6 +13,7 @@ gradient home is ours:
 import functools
 import itertools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Callable
 
@@ -100,16 +101,50 @@ class Link:
         self.seconds_per_byte = 8e-6 / mbps if mbps else 0.0
         self.latency = latency_ms / 1e3 * (1 + handshake)
         self.sent_until = self.received_until = 0.0
+        self.worker = ThreadPoolExecutor(1)  # follows the transfers in their order, so that a GPU need not be waited for
 
-    def send(self, n_bytes):
-        """Queue n_bytes for sending now. Returns the time (s) when the last of them leaves."""
-        self.sent_until = max(self.sent_until, self.clock()) + n_bytes * self.seconds_per_byte
+    def send(self, n_bytes, now):
+        """Queue n_bytes for sending at time `now` (s). Returns the time when the last of them leaves."""
+        self.sent_until = max(self.sent_until, now) + n_bytes * self.seconds_per_byte
         return self.sent_until
 
     def receive(self, n_bytes, left):
-        """Wait until n_bytes, the last of which left their sender at time `left`, have arrived."""
+        """Returns the time when n_bytes, the last of which left their sender at time `left`, have arrived."""
         self.received_until = max(self.received_until + n_bytes * self.seconds_per_byte, left + self.latency)
-        self.sleep(max(0.0, self.received_until - self.clock()))
+        return self.received_until
+
+    def sleep_until(self, moment):
+        self.sleep(max(0.0, moment - self.clock()))
+
+    def track(self, n_bytes, device, swap):
+        """
+        Book an exchange that is posted now, on a GPU: once what was launched before is computed.
+        swap: function that tells the other side when our bytes leave, and returns when theirs do.
+
+        Returns a function that waits until they have arrived.
+        """
+        if device.type == 'cuda':
+            start, posted = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            started = self.clock()
+            start.record(self.idle_stream)
+            posted.record()
+        else:
+            started, posted = self.clock(), None
+
+        def follow():
+            now = started
+            if posted:
+                start.synchronize()
+                posted.synchronize()
+                now += max(0.0, start.elapsed_time(posted) / 1e3)
+            return self.receive(n_bytes, swap(self.send(n_bytes, now)))
+        arrival = self.worker.submit(follow)
+        return lambda: self.sleep_until(arrival.result())
+
+    @functools.cached_property
+    def idle_stream(self):
+        """A CUDA stream on which nothing else ever runs: an event there happens when it is recorded."""
+        return torch.cuda.Stream()
 
 
 @dataclass
@@ -176,27 +211,32 @@ class Ring:
         Returns a function that waits for both and returns the received tensors.
         """
         tensors = [t.contiguous() for t in tensors]
+        received = [torch.empty_like(t) for t in tensors]
         n_bytes = sum(t.nbytes for t in tensors)
         self.meter.count(phase, n_bytes, n_bytes)
-        if self.link.dialled:  # the receiver must know when this left: once computed, and once what was before has left
-            if tensors[0].is_cuda:
-                torch.cuda.current_stream().synchronize()
-            tensors.append(torch.tensor([self.link.send(n_bytes)], dtype=torch.float64, device=tensors[0].device))
-        received = [torch.empty_like(t) for t in tensors]
         to, source = (dist.get_global_rank(self.group, r % self.world_size) for r in (to, source))
+        if self.link.dialled:
+            wait_for_link = self.link.track(n_bytes, tensors[0].device, lambda left: self._swap(left, to, source))
         # receives first: gloo sends only once it knows that the receiver is ready, and that news must not queue up
         # behind our own data (posted the other way round, both directions of a late exchange run one after the other)
         works = dist.batch_isend_irecv([dist.P2POp(dist.irecv, t, source, self.group) for t in received]
                                        + [dist.P2POp(dist.isend, t, to, self.group) for t in tensors])
 
         def wait():
+            if self.link.dialled:
+                wait_for_link()
             for work in works:  # gloo returns one work per tensor, NCCL one per batch
                 work.wait()
             tensors.clear()  # until here the sent tensors had to stay alive
-            if self.link.dialled:
-                self.link.receive(n_bytes, received.pop().item())
             return received
         return wait
+
+    def _swap(self, number, to, source):
+        """Send a number to rank `to` of the world and return that of rank `source`, beside the data: on the CPU, tag 1."""
+        ours, theirs = torch.tensor([number], dtype=torch.float64), torch.empty(1, dtype=torch.float64)
+        for work in (dist.irecv(theirs, source, self.group, tag=1), dist.isend(ours, to, self.group, tag=1)):
+            work.wait()
+        return theirs.item()
 
 
 @torch.no_grad()
@@ -214,11 +254,11 @@ def average(tensors, ring):
     if link.dialled:
         if flat.is_cuda:
             torch.cuda.current_stream().synchronize()
-        left = torch.tensor([link.send(n_bytes)], dtype=torch.float64, device=flat.device)
+        left = torch.tensor([link.send(n_bytes, link.clock())], dtype=torch.float64, device=flat.device)
         dist.all_reduce(left, dist.ReduceOp.MAX)  # it ends for none before the last has begun
     dist.all_reduce(flat)
     if link.dialled:
-        link.receive(n_bytes, left.item() + (2 * (N - 1) - 1) * link.latency)  # one after the other
+        link.sleep_until(link.receive(n_bytes, left.item() + (2 * (N - 1) - 1) * link.latency))  # one after the other
     parts = flat.div_(N).split([t.numel() for t in tensors])
     torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
 
@@ -230,7 +270,8 @@ def broadcast(tensors, ring):
         for t in tensors:
             dist.broadcast(t.detach(), 0)
         ring.meter.count('sync', n_bytes, n_bytes)
-        ring.link.receive(n_bytes, ring.link.send(n_bytes))
+        link = ring.link
+        link.sleep_until(link.receive(n_bytes, link.send(n_bytes, link.clock())))
 
 
 # -----------------------------------------------------------------------------

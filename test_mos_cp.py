@@ -527,22 +527,20 @@ def test_grouped_heads_without_the_cpu_operator(monkeypatch):
 
 def test_link_queues():
     """8 Mbps is a byte a microsecond; 100 ms of latency."""
-    link = FakeLink(mbps=8, latency_ms=100)
-    assert link.send(10**6) == pytest.approx(1) and link.send(10**6) == pytest.approx(2)  # one after the other
-    link.receive(10**6, left=1.0)
-    assert link.now == pytest.approx(1.1)
-    link.receive(10**6, left=2.0)  # sent back to back: the latency is not paid again
-    assert link.now == pytest.approx(2.1)
-    link.receive(10**6, left=2.0)  # from another sender at the same time: our own end is the bottleneck
-    assert link.now == pytest.approx(3.1)
-    link.now = 5.0
-    link.receive(10**6, left=4.0)  # arrived while we computed
-    assert link.now == 5.0
-    assert link.send(10**6) == pytest.approx(6)  # an idle link sends at once
-    gloo = FakeLink(mbps=8, latency_ms=100, handshake=True)
-    gloo.receive(10**6, left=gloo.send(10**6))
-    assert gloo.now == pytest.approx(1.2)
-    assert not Link().dialled and Link(latency_ms=1).send(10**9) == pytest.approx(Link.clock(), abs=60)
+    link = Link(mbps=8, latency_ms=100)
+    assert link.send(10**6, now=0.0) == pytest.approx(1) and link.send(10**6, now=0.0) == pytest.approx(2)  # one after the other
+    assert link.send(10**6, now=5.0) == pytest.approx(6)  # an idle link sends at once
+    assert link.receive(10**6, left=1.0) == pytest.approx(1.1)
+    assert link.receive(10**6, left=2.0) == pytest.approx(2.1)  # sent back to back: the latency is not paid again
+    assert link.receive(10**6, left=2.0) == pytest.approx(3.1)  # from another sender: our own end is the bottleneck
+    assert link.receive(10**6, left=2.0) == pytest.approx(4.1)
+    fake = FakeLink(mbps=8, latency_ms=100)
+    fake.sleep_until(3.0)
+    fake.sleep_until(2.0)  # arrived while we computed
+    assert fake.now == 3.0
+    gloo = Link(mbps=8, latency_ms=100, handshake=True)
+    assert gloo.receive(10**6, left=1.0) == pytest.approx(1.2)
+    assert not Link().dialled and Link(latency_ms=1).dialled and Link(latency_ms=1).send(10**9, now=1.0) == 1.0
 
 
 @pytest.mark.parametrize('dtype', (torch.float64, torch.float32, torch.bfloat16))

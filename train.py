@@ -465,7 +465,10 @@ def main(argv=None):
     link = Link(c.link_mbps, c.latency_ms, handshake=device.type == 'cpu')  # of gloo
     ring, dp_rank = Ring(link=link), 0
     if world_size > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(seconds=c.timeout_s),
+        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        if link.dialled and backend == 'nccl':
+            backend = 'cpu:gloo,cuda:nccl'  # the dialled link keeps its books on the CPU
+        dist.init_process_group(backend, timeout=timedelta(seconds=c.timeout_s),
                                 device_id=device if device.type == 'cuda' else None)
         mesh = dist.init_device_mesh(device.type, (dp, cp), mesh_dim_names=('dp', 'cp'))
         ring, dp_rank = Ring(mesh['cp'].get_group(), link), mesh['dp'].get_local_rank()
