@@ -370,6 +370,20 @@ def quantised_gradients_are_unbiased(ring):
 
 
 @check
+def uncompressed_blocks_are_not_held(ring):
+    """Without `keep` at most one block is ahead of the one in use, and at most one gradient is on its way home."""
+    transit = depart((torch.full((1, 4, 2), float(ring.rank)),), ring=ring, keep=False)[0]
+    for hop in range(ring.world_size):
+        assert transit.block(hop)[0][0, 0, 0] == (ring.rank - hop) % ring.world_size
+        assert list(transit.blocks) == [0] and sum(a is not None for a in transit.arrivals) <= 1
+    for hop in range(1, ring.world_size):
+        transit.send_home(hop, [torch.full((1, 4, 2), 10.0 ** hop)])
+        assert len(transit.returns) == 1
+    total, = transit.end([torch.ones(1, 4, 2)])
+    assert (total == sum(10 ** hop for hop in range(ring.world_size))).all() and transit.own is None
+
+
+@check
 def bad_lengths_are_refused(ring):
     if ring.world_size == 1:
         return
@@ -656,8 +670,18 @@ def test_int4_and_topk_keep_what_they_say():
 
 
 def test_compress_last():
-    sent = [c.send for c in small_model(n_layer=3, compress_last=False).compressors]
-    assert sent == ['subspace', 'subspace', 'full']
+    compressors = small_model(n_layer=3, compress_last=False, wire_dtype='int4').compressors
+    assert [c.send for c in compressors] == ['subspace', 'subspace', 'full']
+    assert [c.wire_dtype() for c in compressors] == [c.wire_dtype(gradient=True) for c in compressors] == ['int4', 'int4', 'compute']
+
+
+def test_exact_local_is_exact():
+    """In a single chunk nothing is compressed, unless exact_local is off."""
+    idx = torch.randint(50, (1, 32))
+    plain = small_model(send='full')(idx)[0]
+    for options in (dict(), dict(send='full', wire_dtype='int4'), dict(send='topk', wire_dtype='int8')):
+        assert_close(small_model(n_chunks=1, **options)(idx)[0], plain, 'logits')
+        assert relative_error(small_model(n_chunks=1, exact_local=False, **options)(idx)[0], plain) > 1e-4
 
 
 @pytest.mark.parametrize('joint_kv', (True, False))
