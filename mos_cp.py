@@ -93,6 +93,8 @@ class GPTConfig:
                 if (self.n_generators + 1) * r > d:
                     raise ValueError(f'generator=principal needs (n_generators + 1) * r ({self.n_generators + 1} * {r})'
                                      f' to be at most d ({d}): lower --n_generators or --rank_k and --rank_v')
+        if self.interleave and not self.compress_last:
+            raise ValueError('interleave needs every layer compressed, not compress_last=False: change one of them')
         if self.send != 'full' and not self.compress_last and self.n_layer == 1:
             raise ValueError('compress_last=False leaves nothing to compress when n_layer is 1: change one of them')
 
@@ -382,11 +384,12 @@ class Attention(nn.Module):
         n_uses: how many calls of `arrive` will look at them. Returns what `arrive` takes.
         """
         comp = self.compressor
-        q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)  # (B, T, n_embd), (B, T, d), (B, T, d)
+        k, v = self.c_k(x), self.c_v(x)  # (B, T, d)
         if self.moments is not None:
             self.moments += [second_moment(torch.cat(zs, dim=-1).flatten(0, 1).T) for zs in comp.group(k, v)]
         sent = depart(comp.compress(k, v), ring=ring, keep=comp.keep, pack=comp.pack, unpack=comp.unpack, n_uses=n_uses)
-        q = q.unflatten(-1, (-1, self.config.head_dim))  # (B, T, H, hd)
+        # what comes after `depart` hides some of the way, forward, and as autograd goes backwards, there too
+        q = self.c_q(x).unflatten(-1, (-1, self.config.head_dim))  # (B, T, H, hd)
         q = kernels.rope(q, cos[here], sin[here]).transpose(1, 2)  # (B, H, T, hd)
         local_kv = kernels.to_heads(k, v, cos[here], sin[here]) if comp.exact_local else None  # (B, Hkv, T, hd) each
         return sent, q, local_kv
@@ -482,7 +485,9 @@ class GPT(nn.Module):
         needs any back half; autograd runs the same schedule backwards.
         """
         tables = self.cos, self.sin
-        interleave = self.config.interleave and self.ring.world_size > 1 and all(c.keep for c in self.compressors)
+        # not in the warm start, when full payloads are not kept, nor while basis_moments collects
+        interleave = self.config.interleave and self.ring.world_size > 1 and all(
+            block.attn.compressor.keep and block.attn.moments is None for block in self.h)
         n_parts = 1 + interleave
         xs, here, previous = list(x.chunk(n_parts, dim=1)), here.chunk(n_parts), None
         for block in self.h:

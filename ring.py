@@ -305,7 +305,7 @@ class Transit:
         self.floating = [t.is_floating_point() for t in payload]
         self.like = [(t.shape, t.dtype, t.device) for t in payload if t.is_floating_point()]
         self.dtype = kernels.accumulation_dtype(payload[0].dtype)
-        self.own = [t.detach() for t in pack(payload)]
+        self.own = pack([t.detach() for t in payload])
         self.shares = {}  # hop -> [how many uses have added to it, the gradient of that block]
         self.returns, self.home = [], None  # gradients of our own payload that are on their way; the sum of the others
         self.send('fwd')
@@ -343,7 +343,7 @@ class Transit:
 
     def _sum_returns(self):
         for arrival in self.returns:
-            self.home = _add(self.home, self.unpack(arrival(), self.like[0][1], gradient=True), self.dtype)
+            self.home = _add(self.home, self.unpack(arrival(), self.dtype, gradient=True), self.dtype)
         self.returns = []
 
     def end(self, grads):
@@ -456,7 +456,8 @@ class _Spec:
             return [], [], None, None
         seen = max(keys.stop for _, keys, _ in calls)
         # the payload's tensors differ in granularity, but all run along dimension 1
-        payload = [t[:, :t.shape[1] * seen // n_chunks].detach() for t in transit.unpack(wire, transit.like[0][1])]
+        wire = [t[:, :t.shape[1] * seen // n_chunks] for t in wire]
+        payload = [t.detach() for t in transit.unpack(wire, transit.like[0][1])]
         for t in payload:
             t.requires_grad_(torch.is_grad_enabled() and t.is_floating_point())
         positions = ring.positions(n_held * self.chunk_size, self.chunk_size, payload[0].device, source)
@@ -545,7 +546,7 @@ class _Attend(torch.autograd.Function):
             # compute. Otherwise payloads are sent once more, our own computed on first.
             blocks = s.blocks()
             if s.transits and s.transits[-1].keep:
-                blocks = [b for b in blocks if b[1]] + [b for b in blocks if not b[1]]
+                blocks = [b for b in reversed(blocks) if b[1]] + [b for b in blocks if not b[1]]
             elif s.transits:
                 s.transits[-1].send('bwd')
             if k_local is not None:
@@ -560,4 +561,5 @@ class _Attend(torch.autograd.Function):
                     dpayload += [next(own) if floating else None for floating in s.transits[part].floating]
                 elif payload_needs_grad:
                     s.transits[part].send_home(hop, grads)
+        ctx.spec = None  # frees what has arrived
         return None, dq.to(q.dtype), dk_local, dv_local, *dpayload, *dparams

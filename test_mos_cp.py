@@ -905,17 +905,19 @@ def test_checkpoint_moves_to_another_world_size(reference_run, tmp_path):
 def test_weights_averaged_every_few_steps(reference_run, tmp_path):
     """
     sync_every > 1: not the same numbers, nearly the same loss; the ranks' weights differ before they are averaged, their
-    bases never do; the checkpoint is the averaged model, and a run resumed from it goes on as if nothing had happened.
+    bases less, as they are averaged more often; the checkpoint is the averaged model, and a run resumed from it goes on as
+    if nothing had happened.
     """
     # the checkpoint falls on the end of the warm start; the rounding of gradients is random, but the same after resuming
-    argv = ['--sync_every=4', '--warm_start=6', '--outer_momentum=0.1', '--wire_dtype=int8']
+    argv = ['--sync_every=4', '--warm_start=6', '--outer_momentum=0.1', '--wire_dtype=int8', '--sync_basis_every=1']
     records = torchrun(2, tmp_path / 'whole', *argv, script=__file__)
     expected = reference_run[1]['records']
     assert records[0]['loss'] == pytest.approx(expected[0]['loss'], rel=1e-9)
     assert records[2]['loss'] != pytest.approx(expected[2]['loss'], rel=1e-9)
     assert records[-1]['val_loss'] == pytest.approx(expected[-1]['val_loss'], rel=0.05)
     drift = json.loads((tmp_path / 'whole' / 'drift.json').read_text())
-    assert len(drift) == 4 and all(basis == 0 for basis, _ in drift) and max(weights for _, weights in drift) > 1e-5
+    assert len(drift) == 4 and max(weights for _, weights in drift) > 1e-5
+    assert drift[2][0] > 0 and all(basis < weights for basis, weights in drift), drift
     (tmp_path / 'parts').mkdir()
     for name in ('ckpt', 'ckpt_rank0', 'ckpt_rank1'):
         (tmp_path / 'whole' / f'{name}_6.pt').rename(tmp_path / 'parts' / f'{name}.pt')
@@ -933,8 +935,10 @@ def test_bytes_of_syncs(tmp_path):
     bases = 8 * sum(t.numel() for name, t in model.items() if 'compressor' in name)
     weights = 2 * sum(t.numel() for name, t in model.items() if 'compressor' not in name)
     expected = [bases if i % 4 == 2 else bases + weights if i % 4 == 0 else 0 for i in range(1, 13)]
+    expected[3] += bases + weights + 2 * 64 * 64 * 8 + bases  # the end of the warm start, with moments and new bases
+    expected[6] += bases + weights  # before validation
     assert bases == 2 * 64 * 6 * 8 and [r['received_sync'] for r in records[:-1]] == expected
-    assert records[0]['sent_sync'] == 0 and records[1]['sent_sync'] == bases  # half of it twice
+    assert records[0]['sent_sync'] == 0 and records[1]['sent_sync'] == bases  # each half once in each direction
     evaluated = small_run(tmp_path, '--init_from=resume', '--eval_only')  # all ranks had the same model
     assert evaluated['val_loss'] == pytest.approx(records[-1]['val_loss'], rel=1e-9)
 
@@ -998,7 +1002,10 @@ def test_outer_step(reference_run, tmp_path):
     (['--data=no/such/file'], "no file matches 'no/such/file'"), (['--init_from=resume'], 'there is no .*ckpt.pt'),
     (['--send=full', '--interleave'], '--interleave does nothing with --send=full'), (['--tflops=1'], '--tflops does nothing with --plan'),
     (['--send=local', '--wire_dtype=int8'], '--wire_dtype does nothing with --send=local'), (['--link_mbps=-1'], r'link_mbps \(-1.0\)'),
-    (['--sync_basis_every=2'], r'sync_basis_every \(2\) must be at most sync_every \(1\)'), (['--outer_lr=0.7'], '--outer_lr does nothing with --sync_every=1'),
+    (['--sync_basis_every=2'], r'sync_basis_every \(2\) must be at most sync_every \(1\)'), (['--plan', '--link_mbps=3'], '--link_mbps does nothing with --plan=True'),
+    (['--plan', '--tflops=0'], r'tflops \(0\) above 0'), (['--interleave', '--compress_last=False'], 'interleave needs every layer'),
+    (['--send=full', '--sync_basis_every=2', '--sync_every=4'], '--sync_basis_every does nothing with --send=full'),
+    (['--sync_basis_every=5', '--sync_every=4'], r'sync_basis_every \(5\) must be at most sync_every \(4\)'), (['--outer_lr=0.7'], '--outer_lr does nothing with --sync_every=1'),
     (['--send=full', '--exact_local=False'], '--exact_local does nothing with --send=full and --wire_dtype=compute'),
     (['--vocab_size=100'], r'outside vocab_size \(100\)'),
     (['--device=cuda'], r'needs a GPU per process: 1 processes on this machine, 0 GPUs'),
@@ -1038,13 +1045,13 @@ def test_plan(capsys):
     bases = sum(p.numel() for name, p in model.named_parameters() if 'compressor' in name) * 4 / 1e6
     weights = sum(p.numel() for p in model.parameters()) * 4 / 1e6 - bases
     ours = 2 * (3 + 2) * mb, 2 * 6 * 2 * mb
-    for row, (fwd, bwd, sync) in zip((rows[2], rows[6]), ((full, 2 * full, weights * 0.075), (*ours, weights * 0.075 + bases * 1.5))):
+    for row, (fwd, bwd, sync) in zip((rows[2], rows[6]), ((full, 2 * full, weights * 0.075), (*ours, weights * 0.075 + bases * 0.15))):
         assert row[1:] == [f'{fwd:,.1f}', f'{bwd:,.1f}', f'{1 - (fwd + bwd) / (3 * full):.2%}', f'{sync:,.1f}', f'{(fwd + bwd) / 3:,.1f}']
         seconds = rows[rows.index(row) + 7]
         assert seconds[3] == f'{(fwd + bwd) * 8 / 300:,.2f} + {sync * 8 / 300:,.2f}'  # at 300 Mbps
     n_params = model.get_num_params() - bases * 1e6 / 4  # the compressor's own work is not counted
     compute = (6 * n_params + 6 * 2 * 32 * 128) * 128_000 / 4 / 1e9
-    wire, sync = (ours[0] + ours[1]) * 8 / 300, (weights * 0.075 + bases * 1.5) * 8 / 300
+    wire, sync = (ours[0] + ours[1]) * 8 / 300, (weights * 0.075 + bases * 0.15) * 8 / 300
     assert rows[20][3] == '{:,.0f} ({:,.0f})'.format(128_000 / (max(compute, wire) + sync), 128_000 / (compute + wire + sync))
     with pytest.raises(SystemExit, match=r'n_chunks \(16\) must be a multiple of 2 \* cp \(6\)'):
         train.main(['--plan', '--cp=3'])

@@ -94,7 +94,7 @@ FLAGS = [
     # system
     ('cp', 0, 'ranks that share one sequence; 0: all. The others are data parallel: dp = world size / cp'),
     ('sync_every', 1, '1: average gradients every iteration (exact); c: average weights every c, and to validate'),
-    ('sync_basis_every', 1, 'the same for the learned basis alone, which sender and receiver share; at most sync_every'),
+    ('sync_basis_every', 0, 'with sync_every > 1: average the learned basis, small and shared, more often; 0: sync_every'),
     ('sync_dtype', 'param', 'with sync_every > 1: of what is averaged, how far the weights moved: param (as they are) or bf16'),
     ('outer_lr', 1.0, 'with sync_every > 1: step from the last average towards the new one; 1: the average itself'),
     ('outer_momentum', 0.0, "Nesterov's momentum of that step (DiLoCo); 0: none"),
@@ -139,11 +139,13 @@ NEEDS = {**dict.fromkeys(('compress_last', 'unplug_at'), {'send': LOSSY}), 'inte
                          {'send': ('subspace',)}),
          **dict.fromkeys(('generator', 'n_generators', 'exp', 'theta_clip'),
                          {'send': ('subspace',), 'basis': ('rotated',)}),
-         'topk': {'send': ('topk',)}, 'tflops': {'plan': (True,)}}
+         'sync_basis_every': {'send': ('subspace',), 'basis': ('learned', 'rotated')},
+         'topk': {'send': ('topk',)}, 'tflops': {'plan': (True,)},
+         'link_mbps': {'plan': (False,)}, 'latency_ms': {'plan': (False,)}}
 
 LOWEST = {**dict.fromkeys(('log_interval', 'eval_interval', 'eval_iters', 'batch_size', 'gradient_accumulation_steps',
-                           'sync_every', 'sync_basis_every', 'timeout_s'), 1),
-          **dict.fromkeys(('cp', 'warm_start', 'unplug_at', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'vocab_size',
+                           'sync_every', 'timeout_s'), 1),
+          **dict.fromkeys(('cp', 'sync_basis_every', 'warm_start', 'unplug_at', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'vocab_size',
                            'sample_tokens', 'seed', 'grad_clip', 'learning_rate', 'min_lr', 'weight_decay', 'beta1',
                            'beta2', 'link_mbps', 'latency_ms', 'outer_lr', 'outer_momentum', 'tflops'), 0)}
 
@@ -197,6 +199,9 @@ def parse_config(argv):
         except Exception as e:  # whatever a damaged or foreign file makes of it
             fail(f'--init_from=resume: {path} is not a checkpoint ({type(e).__name__})')
         saved = {k: v for k, v in checkpoint['config'].items() if k not in RUN_FLAGS}
+        older = [name for name in MODEL_FLAGS if name not in saved]
+        if older:
+            fail(f'--init_from=resume: {path} is of an older version of this code, which had no --{older[0]}')
         for name in (*MODEL_FLAGS, 'preset', 'method'):
             if given.get(name, saved[name]) != saved[name]:
                 fail(f'--{name}={given[name]} differs from the checkpoint, which has {saved[name]}')
@@ -218,6 +223,7 @@ def parse_config(argv):
         fail(f'--method=paper sends subspaces, not --send={c.send}: leave out one of the two')
     if c.send != 'subspace':
         c.warm_start = 0
+    c.sync_basis_every = c.sync_basis_every or c.sync_every
     if c.sync_basis_every > c.sync_every:
         fail(f'sync_basis_every ({c.sync_basis_every}) must be at most sync_every ({c.sync_every}): change one of them')
     for name in ('sync_dtype', 'outer_lr', 'outer_momentum'):
@@ -338,14 +344,17 @@ def plan(c):
 
     Raises ValueError if the configuration is not possible.
     """
-    if c.cp == 1:
-        raise ValueError('on cp (1) rank nothing crosses a wire: change --cp')
+    if c.cp == 1 or c.tflops <= 0:
+        raise ValueError(f'--plan needs cp ({c.cp}) of at least 2, as one rank sends nothing, and tflops ({c.tflops:g}) above 0')
     P, links = c.cp or 8, {'50 Mbps': 50, '100 Mbps': 100, '300 Mbps': 300, '1 Gbps': 1000, '100 Gbps': 100_000}
     itemsize, n_sequences = {'float32': 4, 'float64': 8}.get(c.dtype, 2), c.batch_size * c.gradient_accumulation_steps
     full = dict(send='full', wire_dtype='compute', grad_wire_dtype='same')
     others = {'`--send=full`': full, '`--send=topk`': dict(full, send='topk'),
               '`--send=full`, int4 both ways': dict(full, wire_dtype='int4'),
-              '`--method=paper`': dict(full, send='subspace', **METHODS['paper']), '**this configuration**': {}}
+              '`--method=paper`': dict(full, send='subspace', interleave=False, **METHODS['paper'], sync_basis_every=200),
+              '**this configuration**': {}}
+    if c.n_layer == 1:  # the paper leaves out the last layer
+        del others['`--method=paper`']
     rows, compute = {}, 0.0
     for name, options in others.items():
         o = argparse.Namespace(**{**vars(c), 'vocab_size': c.vocab_size or 256, **options})
@@ -373,8 +382,8 @@ def plan(c):
     return '\n\n'.join((
         f'{P} ranks, {n_tokens:,} tokens an iteration, {itemsize} bytes a number; {compute:.2f} s of compute at {c.tflops:g} '
         'TFLOP/s a rank. MB that a rank receives in an iteration; sync: its share of the all-reduces of weights or gradients; '
-        "own chunk once: the paper's accounting, each rank's chunk counted once forward and once backward:",
-        table(('forward', 'backward', 'less than full', 'sync', 'own chunk once'), {name: (
+        "own chunk: counted the paper's way, each rank's chunk once a pass, however many ranks need it:",
+        table(('forward', 'backward', 'less than full', 'sync', 'own chunk'), {name: (
             f'{fwd / 1e6:,.1f}', f'{bwd / 1e6:,.1f}', f'{1 - (fwd + bwd) / all_full:.2%}', f'{sync / 1e6:,.1f}',
             f'{(fwd + bwd) / (P - 1) / 1e6:,.1f}') for name, (fwd, bwd, sync) in rows.items()}),
         'Seconds an iteration on the wire, ring + sync:',
@@ -386,7 +395,7 @@ def plan(c):
             for name, (fwd, bwd, sync) in rows.items()}),
         'To hide under compute, the ring may bring a rank at most ' + ', '.join(
             f'{compute * mbps / 8:,.1f} MB at {link} ({1 - compute * mbps * 1e6 / 8 / all_full:.2%} less than full)'
-            for link, mbps in links.items() if compute * mbps * 1e6 / 8 < all_full) + '.'))
+            for link, mbps in links.items() if compute * mbps * 1e6 / 8 < all_full) + '; otherwise as much as it likes.'))
 
 
 # -----------------------------------------------------------------------------
@@ -414,6 +423,14 @@ def learning_rate(it, c):
         return c.min_lr
     ratio = (it - c.warmup_iters) / max(1, end - c.warmup_iters)
     return c.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (c.learning_rate - c.min_lr)
+
+
+def load_optimizer(optimizer, state):
+    """An optimizer's saved state, but not its options: those are this run's."""
+    options = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, options):
+        group.update(own)
 
 
 def save_checkpoint(path, checkpoint):
@@ -482,7 +499,7 @@ def main(argv=None):
     iter_num, best_val_loss, seconds = 0, float('inf'), 0.0
     if checkpoint:
         raw_model.load_state_dict(checkpoint['model'])
-        optimizer.load_state_dict(checkpoint['optimizer'])
+        load_optimizer(optimizer, checkpoint['optimizer'])
         iter_num, best_val_loss, seconds = (checkpoint[k] for k in ('iter_num', 'best_val_loss', 'seconds'))
 
     if world_size > 1:  # before the run proper: neither counted nor delayed
@@ -499,10 +516,13 @@ def main(argv=None):
     outer = torch.optim.SGD(anchors, c.outer_lr, c.outer_momentum, nesterov=c.outer_momentum > 0) if anchors else None
     own_path = out_dir / f'ckpt_rank{rank}.pt'  # with sync_every > 1 every rank's AdamW has its own moments
     if checkpoint and outer:
-        outer.load_state_dict(checkpoint['outer'])
+        if checkpoint['outer']:
+            load_optimizer(outer, checkpoint['outer'])
         own = torch.load(own_path, map_location='cpu', weights_only=True) if own_path.exists() else {}
         if (own.get('iter_num'), own.get('world_size')) == (iter_num, world_size):
-            optimizer.load_state_dict(own['optimizer'])
+            load_optimizer(optimizer, own['optimizer'])
+        elif rank:
+            print(f"rank {rank}: {own_path} is missing or of another moment; going on with rank 0's AdamW moments", flush=True)
     checkpoint = None  # frees its memory
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
@@ -563,8 +583,13 @@ def main(argv=None):
         outer.step()
         outer.zero_grad(set_to_none=True)
         torch._foreach_copy_(weights, anchors)
-        if c.sync_basis_every > 1:
-            average(bases, ring)
+        average(bases, ring)
+
+    def now():
+        """Seconds on a clock, once a GPU has done what it was given."""
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def say(text):
         if master:
@@ -598,11 +623,13 @@ def main(argv=None):
     full_bytes = 3 * 2 * config.kv_dim * itemsize * c.n_layer * c.block_size // cp * (cp - 1) * c.batch_size * micro_steps
     gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
     peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), 0) * world_size
-    received, received_sync, started, timed, loss, val_loss = 0, 0, seconds, (iter_num, seconds), None, None
+    received, sent_sync, received_sync, total_sync = 0, 0, 0, 0
+    started, timed, loss, val_loss = seconds, (iter_num, seconds), None, None
     bar = tqdm(total=c.max_iters, initial=iter_num, disable=not (master and sys.stderr.isatty()))
     while True:
         validating = iter_num % c.eval_interval == 0 or iter_num >= c.max_iters or c.eval_only
         ending_warm_start = iter_num == c.warm_start > 0 and not c.eval_only
+        start = time.perf_counter()
         meter.reset()
         if c.sync_every > 1 and iter_num > last_sync and (validating or ending_warm_start):
             sync_weights()  # one model, not one per rank, is analysed, validated and saved
@@ -616,6 +643,7 @@ def main(argv=None):
         record = {'iter': iter_num}
 
         if validating:
+            seconds += now() - start  # validating and saving do not count
             val_loss = record['val_loss'] = validate()
             say(f'iter {iter_num}: val loss {val_loss:.4f}')
             best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
@@ -627,14 +655,14 @@ def main(argv=None):
                     'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
                     'model_args': {name: getattr(c, name) for name in MODEL_FLAGS}, 'iter_num': iter_num,
                     'best_val_loss': best_val_loss, 'seconds': seconds, 'outer': outer.state_dict() if outer else None})
+            start = time.perf_counter()
 
-        received_sync += meter.received_sync
+        sent_sync, received_sync = sent_sync + meter.sent_sync, received_sync + meter.received_sync
+        meter.reset()  # of what this iteration sends over the ring, the start of the bases is no part
         if iter_num >= c.max_iters or c.eval_only:
             write(record)
             break
 
-        start = time.perf_counter()
-        meter.reset()
         # for the stochastic rounding; a function of the seed too, and not the same numbers on every rank
         torch.manual_seed(int(np.random.SeedSequence((c.seed, iter_num, rank)).generate_state(1)[0]))
         lr = learning_rate(iter_num, c)
@@ -651,8 +679,6 @@ def main(argv=None):
         if c.sync_every == 1:
             average(grads, ring)
         grad_norm = torch.nn.utils.get_total_norm(grads)
-        if c.sync_every > 1 and c.sync_basis_every == 1:  # what all ranks share must be clipped alike on all
-            average([grad_norm, *(p.grad for p in bases if p.grad is not None)], ring)
         torch.nn.utils.clip_grads_with_norm_(params, c.grad_clip or float('inf'), grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -660,26 +686,25 @@ def main(argv=None):
         if c.sync_every > 1 and iter_num % c.sync_every == 0:
             sync_weights()
             last_sync = iter_num
-        elif c.sync_basis_every > 1 and iter_num % c.sync_basis_every == 0:
+        elif c.sync_every > 1 and iter_num % c.sync_basis_every == 0:
             average(bases, ring)
         bar.update()
         received += meter.received_fwd + meter.received_bwd
-        received_sync += meter.received_sync
+        sent_sync, received_sync = sent_sync + meter.sent_sync, received_sync + meter.received_sync
 
         logging = record['iter'] % c.log_interval == 0 or iter_num == c.max_iters
         if logging:
             loss = mean_over_ranks(loss, 1)
-        if device.type == 'cuda' and (logging or iter_num % c.eval_interval == 0):
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - start
+        seconds += (now() if logging else time.perf_counter()) - start
         if logging:
             dt = (seconds - timed[1]) / (iter_num - timed[0])
             timed = iter_num, seconds
             compression = 1 - (meter.received_fwd + meter.received_bwd) / full_bytes if full_bytes else None
             record.update(loss=loss, lr=lr, grad_norm=grad_norm.item(), tokens=iter_num * tokens_per_iter,
                           seconds=round(seconds, 3), sent_fwd=meter.sent_fwd, sent_bwd=meter.sent_bwd,
-                          received_fwd=meter.received_fwd, received_bwd=meter.received_bwd, sent_sync=meter.sent_sync,
-                          received_sync=meter.received_sync, compression=compression)
+                          received_fwd=meter.received_fwd, received_bwd=meter.received_bwd, sent_sync=sent_sync,
+                          received_sync=received_sync, compression=compression)
+            total_sync, sent_sync, received_sync = total_sync + received_sync, 0, 0  # a line has all since the last one
             local_tokens = tokens_per_iter / world_size
             fwd, bwd = meter.received_fwd / local_tokens, meter.received_bwd / local_tokens
             text = (f'iter {record["iter"]}: loss {loss:.4f}, time {dt * 1000:.0f}ms, '
@@ -699,7 +724,7 @@ def main(argv=None):
             f'final loss {loss:.4f}, val loss {val_loss:.4f}')
         if full_bytes:
             say(f'received by rank 0 over the ring: {received / 1e6:,.1f} MB, with --send=full it would be '
-                f'{n_iters * full_bytes / 1e6:,.1f} MB; besides, to keep the ranks in step: {received_sync / 1e6:,.1f} MB')
+                f'{n_iters * full_bytes / 1e6:,.1f} MB; besides, to keep the ranks in step: {(total_sync + received_sync) / 1e6:,.1f} MB')
         if device.type == 'cuda':
             say(f'peak memory on rank 0: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB')
     if dist.is_initialized():
