@@ -412,6 +412,8 @@ def warm_start_agrees_over_ranks(ring):
     expected = alone.basis_moments(idx)
     for i, (a, b) in enumerate(zip(moments, expected)):
         assert_close(a, b, f'moment {i}')
+    turns = small_model(ring, interleave=True).basis_moments(ring.shard(idx, model.config.chunk_size))
+    assert len(turns) == len(expected) == 2
     for a, b in zip(model.basis_moments(), alone.basis_moments()):
         assert_close(a, b, 'moment of the weights')
 
@@ -885,6 +887,20 @@ def test_resume_is_bit_equal(reference_run, tmp_path):
     with pytest.raises(SystemExit, match='--n_embd=64 differs from the checkpoint, which has 32'):
         small_run(tmp_path, '--init_from=resume', '--n_embd=64')
     assert not list(tmp_path.glob('*.tmp'))
+
+
+def test_resume_with_other_options(reference_run, tmp_path):
+    """The optimizer's options are those of the command line, not of the checkpoint."""
+    expected = reference_run[1]['records'][-1]['val_loss']
+    for flag, changes in (('--weight_decay=3', True), ('--beta1=0.1', True), ('--sync_every=3', False)):
+        small_run(tmp_path, '--max_iters=6')
+        found = small_run(tmp_path, '--init_from=resume', '--max_iters=12', flag)['val_loss']
+        assert (found != pytest.approx(expected, rel=1e-6)) == changes, (flag, found, expected)
+    checkpoint = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    del checkpoint['config']['interleave']
+    torch.save(checkpoint, tmp_path / 'ckpt.pt')
+    with pytest.raises(SystemExit, match='is of an older version of this code, which had no --interleave'):
+        small_run(tmp_path, '--init_from=resume')
 
 
 def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
