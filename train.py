@@ -395,7 +395,7 @@ def plan(c):
             for name, (fwd, bwd, sync) in rows.items()}),
         'To hide under compute, the ring may bring a rank at most ' + ', '.join(
             f'{compute * mbps / 8:,.1f} MB at {link} ({1 - compute * mbps * 1e6 / 8 / all_full:.2%} less than full)'
-            for link, mbps in links.items() if compute * mbps * 1e6 / 8 < all_full) + '; otherwise as much as it likes.'))
+            for link, mbps in links.items() if mbps == 50 or compute * mbps * 1e6 / 8 < all_full) + '.'))
 
 
 # -----------------------------------------------------------------------------
