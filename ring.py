@@ -101,7 +101,7 @@ class Link:
         self.seconds_per_byte = 8e-6 / mbps if mbps else 0.0
         self.latency = latency_ms / 1e3 * (1 + handshake)
         self.sent_until = self.received_until = 0.0
-        self.worker = ThreadPoolExecutor(1)  # follows the transfers in their order, so that a GPU need not be waited for
+        self.worker = ThreadPoolExecutor(1)
 
     def send(self, n_bytes, now):
         """Queue n_bytes for sending at time `now` (s). Returns the time when the last of them leaves."""
@@ -116,30 +116,24 @@ class Link:
     def sleep_until(self, moment):
         self.sleep(max(0.0, moment - self.clock()))
 
-    def track(self, n_bytes, device, swap):
+    def when_computed(self, device, leave):
         """
-        Book an exchange that is posted now, on a GPU: once what was launched before is computed.
-        swap: function that tells the other side when our bytes leave, and returns when theirs do.
-
-        Returns a function that waits until they have arrived.
+        Call leave(now) when everything launched so far is computed: on a CPU at once, for a GPU on a thread, so that
+        launching can go on. Returns a function that waits for that and returns what `leave` did.
         """
-        if device.type == 'cuda':
-            start, posted = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            started = self.clock()
-            start.record(self.idle_stream)
-            posted.record()
-        else:
-            started, posted = self.clock(), None
+        if device.type != 'cuda':
+            result = leave(self.clock())
+            return lambda: result
+        start, posted = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started = self.clock()
+        start.record(self.idle_stream)
+        posted.record()
 
         def follow():
-            now = started
-            if posted:
-                start.synchronize()
-                posted.synchronize()
-                now += max(0.0, start.elapsed_time(posted) / 1e3)
-            return self.receive(n_bytes, swap(self.send(n_bytes, now)))
-        arrival = self.worker.submit(follow)
-        return lambda: self.sleep_until(arrival.result())
+            start.synchronize()
+            posted.synchronize()
+            return leave(started + max(0.0, start.elapsed_time(posted) / 1e3))
+        return self.worker.submit(follow).result
 
     @functools.cached_property
     def idle_stream(self):
@@ -215,8 +209,14 @@ class Ring:
         n_bytes = sum(t.nbytes for t in tensors)
         self.meter.count(phase, n_bytes, n_bytes)
         to, source = (dist.get_global_rank(self.group, r % self.world_size) for r in (to, source))
-        if self.link.dialled:
-            wait_for_link = self.link.track(n_bytes, tensors[0].device, lambda left: self._swap(left, to, source))
+        if self.link.dialled:  # beside the data, on the CPU with tag 1, each side tells when its bytes leave
+            theirs = torch.empty(1, dtype=torch.float64)
+            told = dist.irecv(theirs, source, self.group, tag=1)
+
+            def leave(now):
+                ours = torch.tensor([self.link.send(n_bytes, now)], dtype=torch.float64)
+                return ours, dist.isend(ours, to, self.group, tag=1)
+            left = self.link.when_computed(tensors[0].device, leave)
         # receives first: gloo sends only once it knows that the receiver is ready, and that news must not queue up
         # behind our own data (posted the other way round, both directions of a late exchange run one after the other)
         works = dist.batch_isend_irecv([dist.P2POp(dist.irecv, t, source, self.group) for t in received]
@@ -224,19 +224,15 @@ class Ring:
 
         def wait():
             if self.link.dialled:
-                wait_for_link()
+                told.wait()
+                self.link.sleep_until(self.link.receive(n_bytes, theirs.item()))
+                _, telling = left()
+                telling.wait()
             for work in works:  # gloo returns one work per tensor, NCCL one per batch
                 work.wait()
             tensors.clear()  # until here the sent tensors had to stay alive
             return received
         return wait
-
-    def _swap(self, number, to, source):
-        """Send a number to rank `to` of the world and return that of rank `source`, beside the data: on the CPU, tag 1."""
-        ours, theirs = torch.tensor([number], dtype=torch.float64), torch.empty(1, dtype=torch.float64)
-        for work in (dist.irecv(theirs, source, self.group, tag=1), dist.isend(ours, to, self.group, tag=1)):
-            work.wait()
-        return theirs.item()
 
 
 @torch.no_grad()
