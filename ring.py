@@ -7,8 +7,8 @@ dimension 1 runs along the sequence, and `expand` turns a payload into keys and 
 is the caller's business (mos_cp.py); sending it once, overlapped with compute, and bringing its
 gradient home is ours:
 
-    sent = depart(payload, ring=ring)          # on its way to every other rank; compute something else
-    y = attend(q, [sent], expand, ring=ring)   # waits for each block only when it is needed
+    sent = depart(payload, ring=ring)  # on its way to every other rank; compute something else
+    y = attend(q, [sent], expand, ring=ring, chunk_size=chunk_size)  # waits for each block only when it is needed
 """
 import functools
 import itertools
