@@ -138,14 +138,21 @@ def attention_backward(dout, q, k, v, out, lse, causal):
 
 def merge(out, lse, block_out, block_lse):
     """
-    Two attentions of the same queries over disjoint keys -> the attention over all of them.
+    Two attentions of the same queries over disjoint keys become the attention over all of them, in place of the first.
 
-    out, block_out: (B, H, T, hd); lse, block_lse: (B, H, T). Each output is weighted by its share
-    of the joint softmax denominator; the exponents are <= 0, so nothing overflows.
+    out, block_out: (..., T, hd); lse, block_lse: (..., T). Each output is weighted by its share of the joint softmax
+    denominator; the exponents are <= 0, so nothing overflows.
     """
     total = torch.logaddexp(lse, block_lse)
-    out = out * torch.exp(lse - total).unsqueeze(-1) + block_out * torch.exp(block_lse - total).unsqueeze(-1)
-    return out, total
+    out.copy_(out * torch.exp(lse - total).unsqueeze(-1) + block_out * torch.exp(block_lse - total).unsqueeze(-1))
+    lse.copy_(total)
+
+
+def add_up(parts, dtype):
+    """Sum of a tuple of tensors of one shape, added up in float32 at least, in `dtype`."""
+    if len(parts) == 1:
+        return parts[0].to(dtype)
+    return sum(p.to(accumulation_dtype(p.dtype)) for p in parts).to(dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -238,5 +245,134 @@ def fuse():
     torch.compile what runs once per arriving block (train.py --compile). Callers reach these functions
     through the module, `kernels.merge(...)`, so that rebinding the names here is enough.
     """
-    global merge, to_heads, expand_to_heads
-    merge, to_heads, expand_to_heads = (torch.compile(f) for f in (merge, to_heads, expand_to_heads))
+    for f in (merge, add_up, quantize, dequantize, to_heads, expand_to_heads):
+        globals()[f.__name__] = torch.compile(f)
+
+
+# -----------------------------------------------------------------------------
+# `python kernels.py`: how fast ring attention is on this machine, beside one process alone and PyTorch's own
+
+def _benchmark(rank, world_size, store):
+    """One process of the benchmark; rank 0 prints. store: path of a file that does not exist yet."""
+    import statistics
+    import time
+    import torch.distributed as dist
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import set_rotate_method
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    import kernels  # this file as ring.py sees it
+    from ring import Ring, attend, depart
+
+    cuda = torch.cuda.is_available()
+    device = torch.device('cuda', rank) if cuda else torch.device('cpu')
+    if cuda:
+        torch.cuda.set_device(device)
+        kernels.fuse()
+        rows = [(32768, 16, 128, 'flash'), (32768, 16, 128, 'cudnn'), (131072, 16, 128, 'flash'), (131072, 16, 128, 'cudnn'),
+                (32768, 8, 256, 'cudnn')]
+    else:
+        torch.set_num_threads(1)
+        rows = [(2048, 4, 64, 'cpu'), (8192, 4, 64, 'cpu')]
+    dist.init_process_group('nccl' if cuda else 'gloo', init_method=f'file://{store}', rank=rank, world_size=world_size,
+                            device_id=device if cuda else None)
+    mesh = dist.init_device_mesh(device.type, (world_size,))
+    ring, dtype = Ring(mesh.get_group()), torch.bfloat16 if cuda else torch.float32
+    in_blocks = [0.0]  # seconds in block attention; on the CPU, where a call ends when it is done
+
+    def timed(f):
+        def g(*args):
+            start = time.perf_counter()
+            result = f(*args)
+            in_blocks[0] += time.perf_counter() - start
+            return result
+        return g
+    if not cuda:
+        kernels.attention_forward, kernels.attention_backward = map(timed, (kernels.attention_forward, kernels.attention_backward))
+
+    def milliseconds(f):
+        """Of one call, once all ranks are ready."""
+        dist.barrier()
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        f()
+        if cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3
+
+    def say(*cells):
+        if rank == 0:
+            print('| ' + ' | '.join(cells) + ' |', flush=True)
+    say('T', 'heads x size', 'attention', 'one process, ms (TFLOP/s)', f"PyTorch's context_parallel on {world_size}, ms", 'of ideal',
+        f'ring.py on {world_size}, ms', 'of ideal', *([] if cuda else ['of it in attention']))
+    say(*['---'] * (8 if cuda else 9))
+    for T, H, hd, name in rows:
+        kernels.attention_backend = lambda *args, name=name: name
+        generator = torch.Generator(device).manual_seed(0)
+        q, k, v, dout = (torch.randn(1, T, H, hd, generator=generator, dtype=dtype, device=device) for _ in range(4))
+        whole = [x.transpose(1, 2) for x in (q, k, v, dout)]  # (1, H, T, hd)
+        chunk_size = T // (2 * world_size)
+        mine = [ring.shard(x, chunk_size) for x in (q, k, v, dout)]
+        my_q, my_dout = (mine[i].transpose(1, 2).requires_grad_(i == 0) for i in (0, 3))
+        my_kv = [x.flatten(2).requires_grad_() for x in mine[1:3]]  # (1, T / world_size, H * hd), as a model has them
+
+        def alone():
+            out, lse = kernels.attention_forward(*whole[:3], True)
+            return out, *kernels.attention_backward(whole[3], *whole[:3], out, lse, True)
+
+        def heads(kv, *_):
+            return [x.unflatten(2, (H, hd)).transpose(1, 2) for x in kv]
+
+        def ours():
+            sent = depart(tuple(my_kv), ring=ring, keep=False)
+            out = attend(my_q, [sent], heads, (), tuple(my_kv), heads, ring=ring, chunk_size=chunk_size)
+            return out, *torch.autograd.grad(out, (my_q, *my_kv), my_dout)
+
+        its = [x.contiguous() for x in whole]
+
+        def theirs():
+            out = torch.nn.functional.scaled_dot_product_attention(*its[:3], is_causal=True)
+            return out, *torch.autograd.grad(out, its[:3], its[3])
+
+        out, dq, dk, dv = alone()
+        for x, y in zip((out, dq, dk, dv), ours()):  # a time is worth nothing if the result is wrong
+            x = ring.shard(x.transpose(1, 2), chunk_size)
+            y = y.transpose(1, 2) if y.dim() == 4 else y.unflatten(2, (H, hd))
+            error = ((x - y).float().norm() / x.float().norm()).item()
+            assert error < 1e-2, f'ring attention differs from attention by {error:.1e}'
+        del out, dq, dk, dv, x, y
+        times, blocks = {f: [] for f in (alone, ours, theirs)}, []
+        for _ in range(5):
+            for f in (alone, ours):
+                f()
+                in_blocks[0] = 0.0
+                times[f].append(milliseconds(f))
+            blocks.append(in_blocks[0] * 1e3)
+            if not cuda:
+                continue
+            set_rotate_method('alltoall')
+            with context_parallel(mesh, buffers=its, buffer_seq_dims=[2] * 4), \
+                    sdpa_kernel(SDPBackend.CUDNN_ATTENTION if name == 'cudnn' else SDPBackend.FLASH_ATTENTION):
+                for x in its[:3]:
+                    x.requires_grad_()
+                theirs()
+                times[theirs].append(milliseconds(theirs))
+                for x in its[:3]:
+                    x.requires_grad_(False)
+        one, our, their = (statistics.median(t) if t else None for t in times.values())
+        flops = 7 * T * T * H * hd  # causal: 4 T^2 H hd forward and 10 T^2 H hd backward, halved
+        ideal = one / world_size
+        say(f'{T}', f'{H} x {hd}', name, f'{one:.1f} ({flops / one / 1e9:.3g})', *([f'{their:.1f}', f'{ideal / their:.1%}'] if their else ['-', '-']),
+            f'{our:.1f}', f'{ideal / our:.1%}', *([] if cuda else [f'{statistics.median(blocks) / our:.1%}']))
+    dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    import os
+    import tempfile
+    import torch.multiprocessing as mp
+    n = torch.cuda.device_count() or 4
+    print(f'{n} x {torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"}, torch {torch.__version__}; '
+          'forward and backward of causal attention, batch 1', flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_benchmark, (n, os.path.join(folder, 'store')), nprocs=n)

@@ -15,7 +15,7 @@ import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -53,31 +53,49 @@ def token_positions(n_tokens, chunk_size, world_size, rank, device):
     return (chunks[:, None] * chunk_size + torch.arange(chunk_size)).flatten().to(device)
 
 
-def visible(mine, theirs, exact_local, causal):
-    """
-    Which attention calls the queries of chunks `mine` need over a block of chunks `theirs`, the same or
-    others: a list of (query chunks, key chunks, causal), the first two as slices in units of chunks.
+class Call(NamedTuple):
+    """Both sides cut into n_pieces equal pieces; in each piece the chunks `queries` attend to the chunks `keys`."""
+    n_pieces: int
+    queries: slice
+    keys: slice
+    causal: bool  # chunk i of a piece sees keys up to chunk i, token by token
 
-    A query chunk sees the chunks before it; as both lists ascend, that is a prefix of the block, and
-    neighbours that see the same prefix share one call. In their own block queries also have the
-    diagonal: part of one causal call over everything, or, if `exact_local`, left out here because
-    the caller attends to each chunk's own keys apart.
+
+def visible(mine, theirs, n_exact, causal):
     """
-    everything = slice(0, len(mine)), slice(0, len(theirs))
-    if mine == theirs and not exact_local:
-        return [(*everything, causal)]
-    if not causal:
-        if mine != theirs:
-            return [(*everything, False)]
-        others = [(slice(m, m + 1), keys) for m in range(len(mine))
-                  for keys in (slice(0, m), slice(m + 1, len(mine)))]
-        return [(queries, keys, False) for queries, keys in others if keys.start < keys.stop]
-    calls, m = [], 0
-    for prefix, run in itertools.groupby(sum(b < a for b in theirs) for a in mine):
-        n = len(list(run))
-        if prefix:
-            calls.append((slice(m, m + n), slice(0, prefix), False))
-        m += n
+    Which attention calls the queries of chunks `mine` need over a block of chunks `theirs`, the same or others:
+    a list of `Call`.
+
+    A query chunk sees the chunks before it; as both lists ascend, that is a prefix of the block, and neighbours that
+    see the same prefix share one call. In their own block queries also have the diagonal: part of one causal call
+    over everything, or, if n_exact > 0, left out here because the caller lets every n_exact neighbouring chunks
+    attend to themselves apart. What remains is triangles without their diagonal: the back half sees the front half,
+    and each half is a triangle again.
+    """
+    size = len(mine)
+    everything = slice(0, size)
+    if mine != theirs:
+        if not causal:
+            return [Call(1, everything, everything, False)]
+        calls, m = [], 0
+        for prefix, run in itertools.groupby(sum(b < a for b in theirs) for a in mine):
+            n = len(list(run))
+            if prefix:
+                calls.append(Call(1, slice(m, m + n), slice(0, prefix), False))
+            m += n
+        return calls
+    if not n_exact:
+        return [Call(1, everything, everything, causal)]
+    calls, n_pieces = [], 1
+    while causal and size > n_exact and size % 2 == 0 and size // 2 % n_exact == 0:
+        half = size // 2
+        calls.append(Call(n_pieces, slice(half, size), slice(0, half), False))
+        n_pieces, size = 2 * n_pieces, half
+    for m in range(0, size, n_exact):  # what cannot be halved: one call for those that see the same
+        queries = slice(m, m + n_exact)
+        for keys in (slice(0, m), slice(m + n_exact, 0 if causal else size)):
+            if keys.start < keys.stop:
+                calls.append(Call(n_pieces, queries, keys, False))
     return calls
 
 
@@ -278,11 +296,6 @@ def same(payload, dtype=None, gradient=False):
     return payload
 
 
-def _add(total, grads, dtype):
-    """Running sum of lists of tensors, in `dtype`."""
-    return [g.to(dtype) for g in grads] if total is None else [a.add_(g) for a, g in zip(total, grads)]
-
-
 class Transit:
     """
     One payload under way: at hop h it goes straight to rank + h while that of rank - h comes here, and later the
@@ -328,24 +341,34 @@ class Transit:
     def send_home(self, hop, grads):
         """Add `grads` to the gradient of the block of `hop`; once all uses have, it leaves for the block's owner."""
         uses, share = self.shares.pop(hop, (0, None))
-        uses, share = uses + 1, grads if self.n_uses == 1 else _add(share, grads, self.dtype)
+        uses, share = uses + 1, self._sum([share, grads], self.dtype if self.n_uses > 1 else None)
         if uses < self.n_uses:
             self.shares[hop] = uses, share
             return
         if len(self.returns) == self.ahead:  # without `keep`, receive buffers for all would be too much memory
-            self._sum_returns()
-        wire = self.pack([total.to(g.dtype) for total, g in zip(share, grads)], gradient=True)
+            self.home = self._sum([self.home, *self._arrived()], self.dtype)
+        if share is None:  # no query looked at it
+            share = [torch.zeros(shape, device=device) for shape, _, device in self.like]
+        wire = self.pack([t.to(dtype) for t, (_, dtype, _) in zip(share, self.like)], gradient=True)
         self.returns.append(self.ring.exchange(wire, self.ring.rank - hop, self.ring.rank + hop, 'bwd'))
 
-    def _sum_returns(self):
-        for arrival in self.returns:
-            self.home = _add(self.home, self.unpack(arrival(), self.dtype, gradient=True), self.dtype)
+    def _sum(self, several, dtype=None):
+        """Sum of lists of gradients, some of which may be None; dtype None: each in that of its tensor of the payload."""
+        several = [grads for grads in several if grads is not None]
+        return [kernels.add_up(ts, dtype or own) for ts, (_, own, _) in zip(zip(*several), self.like)] if several else None
+
+    def _arrived(self):
+        """The gradients that were on their way home."""
+        arrived = [list(self.unpack(arrival(), self.dtype, gradient=True)) for arrival in self.returns]
         self.returns = []
+        return arrived
 
     def end(self, grads):
-        """grads: the gradient of our own payload from our own queries -> the sum over all ranks. Frees everything."""
-        self._sum_returns()
-        total = _add(self.home, grads, self.dtype)
+        """
+        grads: the gradient of our own payload from our own queries, None if there is none -> the sum over all ranks.
+        Frees everything.
+        """
+        total = self._sum([self.home, *self._arrived(), grads])
         self.own = self.blocks = self.arrivals = self.home = None  # autograd may hold this object for longer
         return total
 
@@ -356,13 +379,16 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, transit, *payload):
         ctx.transit = transit
+        ctx.set_materialize_grads(False)
         return payload
 
     @staticmethod
     def backward(ctx, *grads):
         transit = ctx.transit
-        total = iter(transit.end([g for g, floating in zip(grads, transit.floating) if floating]))
-        return None, *(next(total).to(g.dtype) if floating else None for g, floating in zip(grads, transit.floating))
+        own = [g for g, floating in zip(grads, transit.floating) if floating]
+        total = transit.end(None if any(g is None for g in own) else own)
+        total = iter([] if total is None else total)
+        return None, *(next(total, None) if floating else None for floating in transit.floating)
 
 
 @torch.compiler.disable  # communication stays out of compiled graphs; the kernels inside are compiled apart
@@ -392,7 +418,7 @@ def depart(payload, *, ring, keep=True, pack=same, unpack=same, n_uses=1):
 # Ring attention
 
 @torch.compiler.disable
-def attend(q, sent, expand, params=(), local_kv=None, *, ring, chunk_size, causal=True, n_parts=1):
+def attend(q, sent, expand, params=(), local=None, expand_local=None, *, ring, chunk_size, n_exact=1, causal=True, n_parts=1):
     """
     Attention of local queries over the keys and values of the whole ring (Liu et al. 2023), where what travels is
     not keys and values but a payload that `expand` turns into them.
@@ -400,13 +426,14 @@ def attend(q, sent, expand, params=(), local_kv=None, *, ring, chunk_size, causa
     q: (B, H, T, hd), this rank's T tokens in `zigzag` order, rotated to their positions.
     sent: list of what `depart` returned. With n_parts=1 one, for the same T tokens.
     expand: (payload, params, positions) -> k, v (B, Hkv, T', hd). It must be a function of its arguments
-        alone as far as gradients go, work on any prefix of whole chunks, and rotate k to `positions` (T',).
+        alone as far as gradients go, work on any selection of whole chunks, and rotate k to `positions` (T',).
     params: tuple of tensors that `expand` uses, the same on every rank (a decompressor's weights). Each rank
         returns the gradient for its own queries: sum over ranks as for any other weight.
-    local_kv: (k, v), each (B, Hkv, T, hd), the exact keys (rotated) and values of the query tokens. If given,
-        every chunk attends to *itself* through these, and to other chunks through the payload, so the
-        result depends on how the sequence is cut into chunks but not on which rank holds which. Needed if the
-        payload is empty, where nothing else is attended to.
+    local, expand_local: a payload of the query tokens, never sent, and what turns it into their exact keys and values. If
+        given, every n_exact neighbouring chunks attend to *themselves* through these, and to other chunks through what
+        was sent. With n_exact=1 the result depends on how the sequence is cut into chunks but not on which rank holds
+        which; if what is sent is exact too, more means fewer calls. Needed if the payload is empty, where nothing else
+        is attended to.
     chunk_size: tokens in a chunk; T must be a multiple.
     causal: False lets every token see every other.
     n_parts: 2 if a rank's tokens are attended to in two calls, their front half (`sent` of the front half) and then
@@ -414,11 +441,38 @@ def attend(q, sent, expand, params=(), local_kv=None, *, ring, chunk_size, causa
         Every chunk in any front half is before every chunk in any back half. Causal only.
 
     Returns (B, H, T, hd) in q's dtype. Accumulates in float32 at least.
-    Raises ValueError if the chunks cannot be shared out over the ring.
+    Raises ValueError if the chunks cannot be shared out over the ring, or n_exact does not divide those of a rank.
     """
     transits, payloads = zip(*sent)
-    spec = _Spec(ring, expand, causal, chunk_size, n_parts, [t for t in transits if t], [len(p) for p in payloads if p])
-    return _Attend.apply(spec, q, *(local_kv or (None, None)), *itertools.chain(*payloads), *params)
+    n_chunks = q.shape[2] // chunk_size
+    if local and n_chunks % n_exact:
+        raise ValueError(f'the number of chunks attended to in one call ({n_chunks}) must be a multiple of n_exact ({n_exact})')
+    spec = _Spec(ring, expand, expand_local, causal, chunk_size, n_exact if local else 0, n_parts, n_chunks, len(sent) - 1,
+                 q.device, [t for t in transits if t], [len(local or ()), *map(len, payloads)])
+    return _Attend.apply(spec, q, *(local or ()), *itertools.chain(*payloads), *params)
+
+
+LOCAL = -1  # beside the hops 0, 1, ...: the exact keys and values of the query tokens themselves
+
+
+def _part(x, dim, n_pieces, chunks, n_chunks):
+    """
+    Dimension `dim` of x, n_chunks chunks long, cut into n_pieces, and of each piece the slice `chunks`: a view with two
+    dimensions there, (..., n_pieces, length, ...).
+    """
+    of_a_chunk = x.shape[dim] // n_chunks
+    x = x.unflatten(dim, (n_pieces, -1))
+    return x.narrow(dim + 1, chunks.start * of_a_chunk, (chunks.stop - chunks.start) * of_a_chunk)
+
+
+def _pieces(x, n_pieces):
+    """(B, H, n_pieces * L, ...) -> (B * n_pieces, H, L, ...): every piece a sequence of its own."""
+    return x.unflatten(2, (n_pieces, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _whole(x, batch):
+    """The inverse of `_pieces`."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
 
 
 @dataclass
@@ -426,136 +480,134 @@ class _Spec:
     """Everything about one call of `attend` that is not a tensor."""
     ring: Ring
     expand: Callable
+    expand_local: Callable
     causal: bool
     chunk_size: int
+    n_exact: int  # 0: no exact local keys and values
     n_parts: int
-    transits: list  # the last is that of the query tokens themselves
-    n_tensors: list  # in each transit's payload
+    n_chunks: int  # of the query tokens
+    part: int  # which part they are
+    device: torch.device
+    transits: list
+    n_tensors: list  # in `local` and in each transit's payload
 
     def blocks(self):
-        """(part, hop) of every block, in the order of their arrival: our own, then the others, latest sent last."""
-        hops = range(self.ring.world_size)
-        return sorted(((part, hop) for part in range(len(self.transits)) for hop in hops), key=lambda b: (b[1] > 0, *b))
+        """(part, hop) of every block in the order of their arrival: the local one, our own, the others, latest sent last."""
+        blocks = [(part, hop) for part in range(len(self.transits)) for hop in range(self.ring.world_size)]
+        return [(self.part, LOCAL)] * (self.n_exact > 0) + sorted(blocks, key=lambda b: (b[1] > 0, *b))
 
-    def rebuild(self, part, hop, params, n_local, exact_local):
+    def calls(self, part, hop, local, params, grad=False):
         """
-        Keys and values of the block (part, hop), that of rank - hop, as far as any of the n_local query tokens
-        sees it: (calls, payload, k, v). With gradients enabled the payload's tensors are fresh leaves.
+        Every attention call over a block: yields (call, payload, k, v), where k, v (B * n_pieces, Hkv, L, hd) were made of the
+        payload of the call's key chunks only. grad: the payload's tensors are fresh leaves, and k and v have a graph.
         """
-        ring, transit, n_chunks = self.ring, self.transits[part], n_local // self.chunk_size
-        wire, source = transit.block(hop), (ring.rank - hop) % ring.world_size
-        n_held = n_chunks * self.n_parts  # chunks on a rank
-        mine, theirs = (zigzag(n_held * ring.world_size, ring.world_size, r)[p * n_chunks:(p + 1) * n_chunks]
-                        for r, p in ((ring.rank, len(self.transits) - 1), (source, part)))
-        calls = visible(mine, theirs, exact_local, self.causal)
-        if not calls:
-            return [], [], None, None
-        seen = max(keys.stop for _, keys, _ in calls)
-        # the payload's tensors differ in granularity, but all run along dimension 1
-        wire = [t[:, :t.shape[1] * seen // n_chunks] for t in wire]
-        payload = [t.detach() for t in transit.unpack(wire, transit.like[0][1])]
-        for t in payload:
-            t.requires_grad_(torch.is_grad_enabled() and t.is_floating_point())
-        positions = ring.positions(n_held * self.chunk_size, self.chunk_size, payload[0].device, source)
-        first = part * n_local
-        k, v = self.expand(payload, params, positions[first:first + seen * self.chunk_size])  # (B, Hkv, seen * L, hd)
-        tokens = [(slice(i.start * self.chunk_size, i.stop * self.chunk_size),
-                   slice(j.start * self.chunk_size, j.stop * self.chunk_size), causal) for i, j, causal in calls]
-        return tokens, payload, k, v
+        n, ring = self.n_chunks, self.ring
+        source = (ring.rank - max(hop, 0)) % ring.world_size
+        positions = ring.positions(n * self.n_parts * self.chunk_size, self.chunk_size, self.device, source)
+        positions = positions.chunk(self.n_parts)[part]
+        if hop == LOCAL:
+            wire, chunks = local, slice(0, self.n_exact)
+            calls = [Call(n // self.n_exact, chunks, chunks, self.causal)]
+        else:
+            transit = self.transits[part]
+            wire = transit.block(hop)  # waits for it
+            mine, theirs = (zigzag(n * self.n_parts * ring.world_size, ring.world_size, r)[p * n:(p + 1) * n]
+                            for r, p in ((ring.rank, self.part), (source, part)))
+            calls = visible(mine, theirs, self.n_exact, self.causal)
+        for call in calls:
+            # the payload's tensors differ in granularity, but all run along dimension 1
+            payload = [_part(t, 1, call.n_pieces, call.keys, n).flatten(1, 2) for t in wire]
+            at = _part(positions, 0, call.n_pieces, call.keys, n).flatten()
+            if hop != LOCAL:
+                payload = transit.unpack(payload, transit.like[0][1])
+            payload = [t.detach().requires_grad_(grad and t.is_floating_point()) for t in payload]
+            with torch.set_grad_enabled(grad):
+                k, v = self.expand_local(payload, at) if hop == LOCAL else self.expand(payload, params, at)
+                k, v = (_pieces(t, call.n_pieces) for t in (k, v))
+            yield call, payload, k, v
 
-
-def _fold(x, chunk_size):
-    """(B, H, c * L, ...) -> (B * c, H, L, ...): every chunk a sequence of its own."""
-    return x.unflatten(2, (-1, chunk_size)).transpose(1, 2).flatten(0, 1)
-
-
-def _unfold(x, batch):
-    """The inverse of `_fold`."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+    def queries(self, x, call):
+        """The call's part of a tensor of the queries' shape (B, H, T, ...): a view (B, n_pieces, H, L, ...)."""
+        return _part(x, 2, call.n_pieces, call.queries, self.n_chunks).transpose(1, 2)
 
 
 class _Attend(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, spec, q, k_local, v_local, *tensors):
-        s, (batch, _, n_local, _) = spec, q.shape
-        params = tensors[sum(s.n_tensors):]
-        acc, exact_local = kernels.accumulation_dtype(q.dtype), k_local is not None
+    def forward(ctx, spec, q, *tensors):
+        s, batch, acc = spec, len(q), kernels.accumulation_dtype(q.dtype)
+        local, params = tensors[:s.n_tensors[0]], tensors[sum(s.n_tensors):]
         out = lse = None  # (B, H, T, hd) and (B, H, T), in acc
         with torch.autocast(q.device.type, enabled=False):
-            if exact_local:  # the diagonal: each chunk a sequence of its own
-                folded = (_fold(t, s.chunk_size) for t in (q, k_local, v_local))
-                out, lse = (_unfold(t, batch).to(acc) for t in kernels.attention_forward(*folded, s.causal))
             for part, hop in s.blocks():
-                calls, _, k, v = s.rebuild(part, hop, params, n_local, exact_local)
-                for i, j, causal in calls:
-                    block = kernels.attention_forward(q[:, :, i], k[:, :, j], v[:, :, j], causal)
-                    if out is None:  # no diagonal apart: the first call, over an own block, covers every query
-                        out, lse = (t.to(acc) for t in block)
+                for call, _, k, v in s.calls(part, hop, local, params):
+                    block = kernels.attention_forward(s.queries(q, call).flatten(0, 1), k, v, call.causal)
+                    if out is None:  # the first call covers every query
+                        out, lse = (_whole(t, batch).to(acc) for t in block)
                     else:
-                        out[:, :, i], lse[:, :, i] = kernels.merge(out[:, :, i], lse[:, :, i], *block)
+                        kernels.merge(s.queries(out, call), s.queries(lse, call), *(t.unflatten(0, (batch, -1)) for t in block))
         out = out.to(q.dtype)
         ctx.spec, ctx.n_params = s, len(params)
-        ctx.save_for_backward(q, k_local, v_local, out, lse, *params)
+        ctx.save_for_backward(q, out, lse, *local, *params)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        s, (q, k_local, v_local, out, lse, *params) = ctx.spec, ctx.saved_tensors
-        acc, (batch, _, n_local, _) = kernels.accumulation_dtype(q.dtype), q.shape
-        n_payload = sum(s.n_tensors)
-        payload_needs_grad = any(ctx.needs_input_grad[4:4 + n_payload])
-        needs_grad = ctx.needs_input_grad[4 + n_payload:]
-        dq = torch.zeros_like(q, dtype=acc)
-        dk_local = dv_local = None
+        s, (q, out, lse, *tensors) = ctx.spec, ctx.saved_tensors
+        local, params = tensors[:s.n_tensors[0]], tensors[s.n_tensors[0]:]
+        acc, batch, n_others = kernels.accumulation_dtype(q.dtype), len(q), len(ctx.needs_input_grad) - len(params)
+        payload_needs_grad = any(ctx.needs_input_grad[2 + len(local):n_others])
+        needs_grad = ctx.needs_input_grad[n_others:]
+        dq = None if s.n_exact else torch.zeros_like(q, dtype=acc)
         dparams = [torch.zeros_like(p, dtype=acc) if need else None for p, need in zip(params, needs_grad)]
+        leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs_grad)]
 
         def block_backward(part, hop):
-            """Adds to dq and dparams; returns the gradient of this block's payload, in the payload's dtype."""
-            leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs_grad)]
-            with torch.enable_grad():
-                calls, payload, k, v = s.rebuild(part, hop, leaves, n_local, k_local is not None)
-            grads = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in s.transits[part].like]
-            if not calls:
-                return grads
-            if len(calls) > 1:
-                dk, dv = torch.zeros_like(k, dtype=acc), torch.zeros_like(v, dtype=acc)
-            for i, j, causal in calls:
-                dq_, dk_, dv_ = kernels.attention_backward(dout[:, :, i], q[:, :, i], k.detach()[:, :, j],
-                                                           v.detach()[:, :, j], out[:, :, i], lse[:, :, i], causal)
-                dq[:, :, i] += dq_
-                if len(calls) == 1:  # it covers the whole block
-                    dk, dv = dk_, dv_
+            """Adds to dq and dparams; returns the gradient of this block's payload, in the payload's dtype; None: all zero."""
+            nonlocal dq
+            like = [(t.shape, t.dtype, t.device) for t in local] if hop == LOCAL else s.transits[part].like
+            parts = []
+            for call, payload, k, v in s.calls(part, hop, local, leaves, grad=True):
+                dq_, dk, dv = kernels.attention_backward(
+                    *(s.queries(t, call).flatten(0, 1) for t in (dout, q)), k.detach(), v.detach(),
+                    *(s.queries(t, call).flatten(0, 1) for t in (out, lse)), call.causal)
+                if dq is None:  # the diagonal covers every query
+                    dq = _whole(dq_, batch).to(acc)
                 else:
-                    dk[:, :, j] += dk_
-                    dv[:, :, j] += dv_
-            wanted = [t for t in (*payload, *leaves) if t.requires_grad]
-            found = torch.autograd.grad((k, v), wanted, (dk.to(k.dtype), dv.to(v.dtype)))
-            for g, part_of_g in zip(grads, found):  # zero where no local query looked
-                g[:, :part_of_g.shape[1]] = part_of_g
-            for dp, g in zip((dp for dp in dparams if dp is not None), found[len(grads):]):
-                dp += g
-            return grads
+                    s.queries(dq, call).add_(dq_.unflatten(0, (batch, -1)))
+                used = () if hop == LOCAL else leaves
+                wanted = [t for t in (*payload, *used) if t.requires_grad]
+                found = torch.autograd.grad((k, v), wanted, (dk, dv))
+                for dp, g in zip((dp for dp in dparams if dp is not None), found[len(like):]):
+                    dp += g
+                parts.append((call, found[:len(like)]))
+            if len(parts) == 1 and (call.keys.stop - call.keys.start) * call.n_pieces == s.n_chunks:  # of the whole block
+                return parts[0][1]
+            grads = [torch.zeros(shape, dtype=acc if len(parts) > 1 else dtype, device=device) for shape, dtype, device in like]
+            for call, found in parts:
+                for total, g in zip(grads, found):
+                    total = _part(total, 1, call.n_pieces, call.keys, s.n_chunks)
+                    total.add_(g.reshape(total.shape))
+            return [total.to(dtype) for total, (_, dtype, _) in zip(grads, like)] if parts else None
 
         with torch.autocast(q.device.type, enabled=False):
-            # Kept payloads are here already, and our own blocks come last, so that every gradient travels under
-            # compute. Otherwise payloads are sent once more, our own computed on first.
-            blocks = s.blocks()
-            if s.transits and s.transits[-1].keep:
-                blocks = [b for b in reversed(blocks) if b[1]] + [b for b in blocks if not b[1]]
-            elif s.transits:
+            # Our own blocks come last, so that the gradients of others' travel under compute. Kept payloads are here
+            # already; otherwise they are sent once more, under the local block, or if there is none, under nothing.
+            own = [b for b in s.blocks() if b[1] == 0]
+            others = [b for b in s.blocks() if b[1] > 0]
+            if s.transits and not s.transits[-1].keep:
                 s.transits[-1].send('bwd')
-            if k_local is not None:
-                folded = (_fold(t, s.chunk_size) for t in (dout, q, k_local, v_local, out, lse))
-                dq_, dk_local, dv_local = (_unfold(g, batch) for g in kernels.attention_backward(*folded, s.causal))
-                dq += dq_
-            dpayload = []
-            for part, hop in blocks:
+            else:
+                others.reverse()
+            dlocal = block_backward(s.part, LOCAL) if s.n_exact else []
+            for part, hop in others:
                 grads = block_backward(part, hop)
-                if hop == 0:
-                    own = iter(grads)
-                    dpayload += [next(own) if floating else None for floating in s.transits[part].floating]
-                elif payload_needs_grad:
+                if payload_needs_grad:
                     s.transits[part].send_home(hop, grads)
+            dpayload = []
+            for part, hop in own:
+                grads = block_backward(part, hop)
+                grads = iter(grads or [None] * len(s.transits[part].like))
+                dpayload += [next(grads) if floating else None for floating in s.transits[part].floating]
         ctx.spec = None  # frees what has arrived
-        return None, dq.to(q.dtype), dk_local, dv_local, *dpayload, *dparams
+        return None, dq.to(q.dtype), *dlocal, *dpayload, *dparams

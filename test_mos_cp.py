@@ -41,24 +41,24 @@ def assert_close(a, b, what, tolerance=1e-10):
 # -----------------------------------------------------------------------------
 # The oracle
 
-def ring_attention(q, payload, expand, params, local_kv, *, ring, chunk_size, causal, keep):
+def ring_attention(q, payload, *args, ring, keep, **options):
     """`depart` and `attend` in one call."""
-    return attend(q, [depart(payload, ring=ring, keep=keep)], expand, params, local_kv, ring=ring, chunk_size=chunk_size, causal=causal)
+    return attend(q, [depart(payload, ring=ring, keep=keep)], *args, ring=ring, **options)
 
 
-def dense_attention(q, payload, expand, params=(), local_kv=None, *, ring, chunk_size, causal=True, keep=True,
-                    pack=same, unpack=same):
+def dense_attention(q, payload, expand, params=(), local=None, expand_local=None, *, ring, chunk_size, n_exact=1, causal=True,
+                    keep=True, pack=same, unpack=same):
     """The same on one process: all scores at once, one mask, one softmax, gradients by autograd."""
     t = torch.arange(q.shape[2])
     past = t[:, None] >= t if causal else torch.ones(len(t), len(t), dtype=torch.bool)
-    own = t[:, None] // chunk_size == t // chunk_size
+    own = t[:, None] // (n_exact * chunk_size) == t // (n_exact * chunk_size)
     blocks = []
-    if local_kv:
-        blocks.append((*local_kv, past & own))
+    if local:
+        blocks.append((*expand_local(local, t), past & own))
     if payload:
         travelled = unpack(pack(payload), payload[0].dtype)  # straight-through: the value of what travelled, the gradient of what was sent
         payload = [p + (w - p).detach() if p.is_floating_point() else p for p, w in zip(payload, travelled)]
-        blocks.append((*expand(payload, params, t), past & ~own if local_kv else past))
+        blocks.append((*expand(payload, params, t), past & ~own if local else past))
     groups = q.shape[1] // blocks[0][0].shape[1]
     scores = torch.cat([(q @ k.repeat_interleave(groups, 1).transpose(2, 3)).masked_fill(~mask, float('-inf'))
                         for k, _, mask in blocks], dim=-1) / q.shape[-1] ** 0.5
@@ -85,18 +85,18 @@ def check(f):
     return f
 
 
-def in_two_parts(q, payload, expand, params, local_kv, *, ring, keep, causal, **options):
+def in_two_parts(q, payload, expand, params, local, expand_local, *, ring, keep, **options):
     """`ring_attention` with the front and the back half of the tokens attended to in turn."""
     halves = [tuple(t.chunk(2, dim)[part] for t in ts) if ts else None
-              for part in (0, 1) for ts, dim in (((q,), 2), (payload, 1), (local_kv, 2))]
+              for part in (0, 1) for ts, dim in (((q,), 2), (payload, 1), (local, 1))]
     (q0,), payload0, local0, (q1,), payload1, local1 = halves
     sent = [depart(payload0, ring=ring, n_uses=2), depart(payload1, ring=ring, n_uses=1)]
-    return torch.cat((attend(q0, sent[:1], expand, params, local0, ring=ring, n_parts=2, **options),
-                      attend(q1, sent, expand, params, local1, ring=ring, n_parts=2, **options)), dim=2)
+    return torch.cat((attend(q0, sent[:1], expand, params, local0, expand_local, ring=ring, n_parts=2, **options),
+                      attend(q1, sent, expand, params, local1, expand_local, ring=ring, n_parts=2, **options)), dim=2)
 
 
 def attention_case(ring, n_chunks, n_head, n_kv_head, causal, exact_local, keep, dtype=torch.float64,
-                   ring_attention=ring_attention):
+                   n_exact=1, ring_attention=ring_attention):
     """One random ring attention with positions, a shared weight and a second, coarser payload tensor, against the oracle."""
     g = torch.Generator().manual_seed(0)
     B, hd, L = 2, 8, 4
@@ -104,7 +104,7 @@ def attention_case(ring, n_chunks, n_head, n_kv_head, causal, exact_local, keep,
 
     def random(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64)
-    whole = dict(q=random(B, n_head, T, hd), k=random(B, n_kv_head, T, hd), v=random(B, n_kv_head, T, hd),
+    whole = dict(q=random(B, n_head, T, hd), k=random(B, T, n_kv_head * hd), v=random(B, T, n_kv_head * hd),
                  latent=random(B, T, 5), per_chunk=random(B, n_chunks, 1), weight=random(5, 2 * n_kv_head * hd))
     dout = random(B, n_head, T, hd)
     angle = torch.outer(torch.arange(T).double(), 0.7 ** torch.arange(hd // 2))
@@ -115,17 +115,21 @@ def attention_case(ring, n_chunks, n_head, n_kv_head, causal, exact_local, keep,
         """What this rank holds of a tensor."""
         if name == 'weight':
             return x
-        return x[:, my_chunks] if name == 'per_chunk' else x[:, my_tokens] if name == 'latent' else x[:, :, my_tokens]
+        return x[:, my_chunks] if name == 'per_chunk' else x[:, :, my_tokens] if x.dim() == 4 else x[:, my_tokens]
+
+    def to_heads(kv, positions):
+        return kernels.to_heads(*kv, angle[positions].cos(), angle[positions].sin())
 
     def expand(payload, params, positions):
         z, s = payload
         kv = z.unflatten(1, (s.shape[1], -1)) * s[:, :, None] @ params[0].to(z.dtype)  # (B, c, L, 2 * Hkv * hd)
-        return kernels.to_heads(*kv.flatten(1, 2).chunk(2, -1), angle[positions].cos(), angle[positions].sin())
+        return to_heads(kv.flatten(1, 2).chunk(2, -1), positions)
 
     def run(attention, ring, tensors, dout):
         t = {name: x.clone().requires_grad_() for name, x in tensors.items() if exact_local or name not in 'kv'}
         out = attention(t['q'], (t['latent'], t['per_chunk']), expand, (t['weight'],),
-                        (t['k'], t['v']) if exact_local else None, ring=ring, chunk_size=L, causal=causal, keep=keep)
+                        (t['k'], t['v']) if exact_local else None, to_heads, ring=ring, chunk_size=L, n_exact=n_exact,
+                        causal=causal, keep=keep)
         return out, dict(zip(t, torch.autograd.grad(out, list(t.values()), dout)))
 
     expected_out, expected = run(dense_attention, Ring(), whole, dout)
@@ -147,6 +151,9 @@ def ring_equals_dense(ring):
             attention_case(ring, chunks_per_rank * ring.world_size, *heads, causal, exact_local, keep)
         for exact_local in (True, False):
             attention_case(ring, chunks_per_rank * ring.world_size, *heads, True, exact_local, True, ring_attention=in_two_parts)
+    for causal, keep in itertools.product((True, False), repeat=2):  # several chunks in one; halves that are odd
+        attention_case(ring, 8 * ring.world_size, 3, 3, causal, True, keep, n_exact=2)
+        attention_case(ring, 6 * ring.world_size, 3, 3, causal, True, keep)
 
 
 @check
@@ -184,8 +191,8 @@ def broken_code_fails_the_oracle(ring):
     def shifted(self, n_local, chunk_size, device, rank=None):
         return positions(self, n_local, chunk_size, device, rank) + (rank not in (None, self.rank))
 
-    def dropped(mine, theirs, exact_local, causal):
-        return see(mine, theirs, exact_local, causal) if mine == theirs else []
+    def dropped(mine, theirs, n_exact, causal):
+        return see(mine, theirs, n_exact, causal) if mine == theirs else []
 
     for owner, name, broken in ((kernels, 'attention_backward', swapped), (Ring, 'exchange', lost_gradient),
                                 (Ring, 'positions', shifted), (ring_module, 'visible', dropped)):
@@ -471,20 +478,21 @@ def test_zigzag_shares_chunks_and_causal_work_evenly(world_size, per_rank):
 
 
 @pytest.mark.parametrize('causal', (True, False))
-@pytest.mark.parametrize('exact_local', (True, False))
-def test_visible_covers_each_pair_of_chunks_once(causal, exact_local):
-    P, n = 3, 12
-    for r in range(P):
-        for source in range(P):
-            mine, theirs = zigzag(n, P, r), zigzag(n, P, source)
-            seen = {}
-            for queries, keys, masked in visible(mine, theirs, exact_local, causal):
-                for i, a in enumerate(mine[queries]):
-                    for j, b in enumerate(theirs[keys]):
-                        if not (masked and j > i):
-                            seen[a, b] = seen.get((a, b), 0) + 1
-            expected = {(a, b): 1 for a in mine for b in theirs if (b <= a or not causal) and not (exact_local and a == b)}
-            assert seen == expected
+@pytest.mark.parametrize('P, n, n_exact', ((3, 12, 0), (3, 12, 1), (3, 12, 2), (1, 16, 1), (1, 12, 1), (1, 7, 1), (2, 24, 3), (1, 4, 4)))
+def test_visible_covers_each_pair_of_chunks_once(causal, P, n, n_exact):
+    for r, source in itertools.product(range(P), repeat=2):
+        mine, theirs = zigzag(n, P, r), zigzag(n, P, source)
+        calls = visible(mine, theirs, n_exact, causal)
+        seen = []
+        for n_pieces, queries, keys, masked in calls:
+            size = len(mine) // n_pieces
+            for first in range(0, len(mine), size):
+                seen += [(a, b) for i, a in enumerate(mine[first:first + size][queries])
+                         for j, b in enumerate(theirs[first:first + size][keys]) if not (masked and j > i)]
+        apart = [(a, b) for a in mine for b in mine if n_exact and a // n_exact == b // n_exact]
+        assert sorted(seen) == [(a, b) for a in sorted(mine) for b in sorted(theirs)
+                                if (b <= a or not causal) and (a, b) not in apart]
+    assert not (P == 1 and causal and n == 16) or len(calls) == 4  # 8, 4, 2, 1 chunks at a time
 
 
 # -----------------------------------------------------------------------------
@@ -503,7 +511,8 @@ def test_attention_backends_agree(causal):
 
 def test_merge_does_not_overflow():
     ones = torch.ones(1, 1, 2, 4)
-    out, lse = kernels.merge(ones, torch.tensor([[[1e4, -1e4]]]), 3 * ones, torch.tensor([[[-1e4, -1e4]]]))
+    out, lse = ones.clone(), torch.tensor([[[1e4, -1e4]]])
+    kernels.merge(out, lse, 3 * ones, torch.tensor([[[-1e4, -1e4]]]))
     assert out[0, 0, :, 0].tolist() == pytest.approx([1, 2], rel=1e-3) and lse[0, 0, 0] == 1e4
 
 
@@ -517,17 +526,15 @@ def test_sums_over_blocks_are_float32(monkeypatch):
     monkeypatch.setattr(kernels, 'attention_backward', numbers)
     q = torch.randn(1, 1, T, hd).bfloat16().requires_grad_()
     payload = tuple(torch.randn(1, T, hd).bfloat16().requires_grad_() for _ in 'kv')
-    local_kv = tuple(torch.randn(1, 1, T, hd).bfloat16() for _ in 'kv')
+    local = tuple(torch.randn(1, T, hd).bfloat16() for _ in 'kv')
 
-    def expand(payload, params, at):
-        return kernels.to_heads(*payload, torch.ones(len(at), hd // 2), torch.zeros(len(at), hd // 2))
-    out = ring_attention(q, payload, expand, (), local_kv, ring=Ring(), chunk_size=4, causal=False, keep=True)
+    def to_heads(kv, at):
+        return kernels.to_heads(*kv, torch.ones(len(at), hd // 2), torch.zeros(len(at), hd // 2))
+    out = ring_attention(q, payload, lambda payload, params, at: to_heads(payload, at), (), local, to_heads,
+                         ring=Ring(), chunk_size=4, causal=False, keep=True)
     out.backward(torch.ones_like(out))
     assert (q.grad[:, :, 4:8] == 258).all() and all((p.grad[:, 4:] == 258).all() for p in payload)
-    total = None
-    for n in (256, 1, 1):
-        total = ring_module._add(total, [torch.tensor(n).bfloat16()], torch.float32)
-    assert total[0] == 258
+    assert kernels.add_up([torch.tensor(n).bfloat16() for n in (256, 1, 1)], torch.float32) == 258
 
 
 def test_grouped_heads_without_the_cpu_operator(monkeypatch):
@@ -734,11 +741,12 @@ def test_unplugged_model_is_a_plain_model():
 
 
 def test_compiled_equals_eager(monkeypatch):
-    for name in ('merge', 'to_heads', 'expand_to_heads'):
+    for name in ('merge', 'add_up', 'quantize', 'dequantize', 'to_heads', 'expand_to_heads'):
         monkeypatch.setattr(kernels, name, getattr(kernels, name))  # put back at the end
-    eager = {str(o): train_steps(small_model(**o), 2) for o in (dict(), dict(basis='rotated', joint_kv=False))}
+    several = dict(), dict(basis='rotated', joint_kv=False), dict(wire_dtype='int4')
+    eager = {str(o): train_steps(small_model(**o), 2) for o in several}
     kernels.fuse()
-    for options in (dict(), dict(basis='rotated', joint_kv=False)):
+    for options in several:
         model = small_model(**options)
         model.forward = torch.compile(model.forward)
         losses, gradients, _ = train_steps(model, 2)
