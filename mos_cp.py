@@ -250,9 +250,8 @@ class Compressor(nn.Module):
         return dtype if gradient and dtype != 'same' else self.config.wire_dtype
 
     @property
-    def lossless(self):
-        """Whether all keys and values are exact, others' too."""
-        return self.send == 'full' and self.wire_dtype() == 'compute'
+    def exact_local(self):
+        return self.config.exact_local and not (self.send == 'full' and self.wire_dtype() == 'compute')
 
     @property
     def keep(self):
@@ -392,18 +391,15 @@ class Attention(nn.Module):
         # what comes after `depart` hides some of the way, forward, and as autograd goes backwards, there too
         q = self.c_q(x).unflatten(-1, (-1, self.config.head_dim))  # (B, T, H, hd)
         q = kernels.rope(q, cos[here], sin[here]).transpose(1, 2)  # (B, H, T, hd)
-        return sent, q, (k, v) if comp.config.exact_local or comp.lossless else None
+        return sent, q, (k, v) if comp.exact_local else None
 
     def arrive(self, departed, ring, cos, sin, n_parts=1):
         """The second half. departed: list of what `depart` returned, for the parts up to this one -> (B, T, n_embd)."""
         comp, (_, q, local) = self.compressor, departed[-1]
-        n_exact = 1  # chunks that attend to themselves exactly; if everything is exact, few calls are faster than many
-        if comp.lossless:
-            n_exact = comp.chunks_in(q.shape[2]) // (1 if ring.world_size == 1 else 2)
         y = attend(q, [sent for sent, _, _ in departed],
                    lambda payload, params, at: comp.expand(payload, params, cos[at], sin[at]), comp.params,
                    local, lambda kv, at: kernels.to_heads(*kv, cos[at], sin[at]),
-                   ring=ring, chunk_size=self.config.chunk_size, n_exact=n_exact, n_parts=n_parts)  # (B, H, T, hd)
+                   ring=ring, chunk_size=self.config.chunk_size, n_parts=n_parts)  # (B, H, T, hd)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 

@@ -61,16 +61,15 @@ class Call(NamedTuple):
     causal: bool  # chunk i of a piece sees keys up to chunk i, token by token
 
 
-def visible(mine, theirs, n_exact, causal):
+def visible(mine, theirs, exact_local, causal):
     """
     Which attention calls the queries of chunks `mine` need over a block of chunks `theirs`, the same or others:
     a list of `Call`.
 
     A query chunk sees the chunks before it; as both lists ascend, that is a prefix of the block, and neighbours that
     see the same prefix share one call. In their own block queries also have the diagonal: part of one causal call
-    over everything, or, if n_exact > 0, left out here because the caller lets every n_exact neighbouring chunks
-    attend to themselves apart. What remains is triangles without their diagonal: the back half sees the front half,
-    and each half is a triangle again.
+    over everything, or, if `exact_local`, left out here because the caller attends to each chunk's own keys apart.
+    What remains is a triangle: its back half sees its front half, and each half is such a triangle again.
     """
     size = len(mine)
     everything = slice(0, size)
@@ -84,18 +83,17 @@ def visible(mine, theirs, n_exact, causal):
                 calls.append(Call(1, slice(m, m + n), slice(0, prefix), False))
             m += n
         return calls
-    if not n_exact:
+    if not exact_local:
         return [Call(1, everything, everything, causal)]
     calls, n_pieces = [], 1
-    while causal and size > n_exact and size % 2 == 0 and size // 2 % n_exact == 0:
+    while causal and size % 2 == 0:
         half = size // 2
         calls.append(Call(n_pieces, slice(half, size), slice(0, half), False))
         n_pieces, size = 2 * n_pieces, half
-    for m in range(0, size, n_exact):  # what cannot be halved: one call for those that see the same
-        queries = slice(m, m + n_exact)
-        for keys in (slice(0, m), slice(m + n_exact, 0 if causal else size)):
+    for m in range(size):  # an odd number of chunks cannot be halved, and a square has no halves: one at a time
+        for keys in (slice(0, m), slice(m + 1, m + 1 if causal else size)):
             if keys.start < keys.stop:
-                calls.append(Call(n_pieces, queries, keys, False))
+                calls.append(Call(n_pieces, slice(m, m + 1), keys, False))
     return calls
 
 
@@ -108,7 +106,8 @@ class Link:
     sent leaves through one queue of `mbps` megabits a second, what is received arrives through another, and
     in between lie `latency_ms` milliseconds, one way. mbps 0: as fast as the machine.
 
-    handshake: gloo's way: a message leaves only when the receiver's word that it is ready has come: another latency.
+    handshake: gloo's way: a message leaves only when the receiver's word that it is ready has come, another latency, and
+    that word waits behind the data that its sender is sending. All ranks do the same, so its queue is taken to be as ours.
 
     Clocks of several machines must agree to better than the latency (all ranks of one machine share one).
     """
@@ -117,13 +116,18 @@ class Link:
     def __init__(self, mbps=0.0, latency_ms=0.0, handshake=False):
         self.dialled = mbps > 0 or latency_ms > 0
         self.seconds_per_byte = 8e-6 / mbps if mbps else 0.0
-        self.latency = latency_ms / 1e3 * (1 + handshake)
-        self.sent_until = self.received_until = 0.0
+        self.latency, self.handshake = latency_ms / 1e3, handshake
+        self.sending_since = self.sent_until = self.received_until = 0.0
         self.worker = ThreadPoolExecutor(1)
 
     def send(self, n_bytes, now):
         """Queue n_bytes for sending at time `now` (s). Returns the time when the last of them leaves."""
-        self.sent_until = max(self.sent_until, now) + n_bytes * self.seconds_per_byte
+        start = now
+        if self.handshake:
+            start = (max(now, self.sent_until) if now > self.sending_since else now) + self.latency
+        if start > self.sent_until:  # after a pause
+            self.sending_since = self.sent_until = start
+        self.sent_until += n_bytes * self.seconds_per_byte
         return self.sent_until
 
     def receive(self, n_bytes, left):
@@ -272,7 +276,8 @@ def average(tensors, ring):
         dist.all_reduce(left, dist.ReduceOp.MAX)  # it ends for none before the last has begun
     dist.all_reduce(flat)
     if link.dialled:
-        link.sleep_until(link.receive(n_bytes, left.item() + (2 * (N - 1) - 1) * link.latency))  # one after the other
+        one_by_one = (2 * (N - 1) - 1) * (1 + link.handshake)  # the steps of an all-reduce wait for each other
+        link.sleep_until(link.receive(n_bytes, left.item() + one_by_one * link.latency))
     parts = flat.div_(N).split([t.numel() for t in tensors])
     torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
 
@@ -312,8 +317,8 @@ class Transit:
         self.n_hops = ring.world_size - 1
         self.ahead = self.n_hops if keep else 1
         self.floating = [t.is_floating_point() for t in payload]
-        self.like = [(t.shape, t.dtype, t.device) for t in payload if t.is_floating_point()]
-        self.dtype = kernels.accumulation_dtype(payload[0].dtype)
+        self.like = [t.detach() for t in payload if t.is_floating_point()]  # its gradients look like these
+        self.dtype = kernels.accumulation_dtype(self.like[0].dtype)
         self.own = pack([t.detach() for t in payload])
         self.shares = {}  # hop -> [how many uses have added to it, the gradient of that block]
         self.returns, self.home = [], None  # gradients of our own payload that are on their way; the sum of the others
@@ -348,14 +353,14 @@ class Transit:
         if len(self.returns) == self.ahead:  # without `keep`, receive buffers for all would be too much memory
             self.home = self._sum([self.home, *self._arrived()], self.dtype)
         if share is None:  # no query looked at it
-            share = [torch.zeros(shape, device=device) for shape, _, device in self.like]
-        wire = self.pack([t.to(dtype) for t, (_, dtype, _) in zip(share, self.like)], gradient=True)
+            share = [torch.zeros_like(t) for t in self.like]
+        wire = self.pack([g.to(t.dtype) for g, t in zip(share, self.like)], gradient=True)
         self.returns.append(self.ring.exchange(wire, self.ring.rank - hop, self.ring.rank + hop, 'bwd'))
 
     def _sum(self, several, dtype=None):
         """Sum of lists of gradients, some of which may be None; dtype None: each in that of its tensor of the payload."""
         several = [grads for grads in several if grads is not None]
-        return [kernels.add_up(ts, dtype or own) for ts, (_, own, _) in zip(zip(*several), self.like)] if several else None
+        return [kernels.add_up(gs, dtype or t.dtype) for gs, t in zip(zip(*several), self.like)] if several else None
 
     def _arrived(self):
         """The gradients that were on their way home."""
@@ -369,7 +374,7 @@ class Transit:
         Frees everything.
         """
         total = self._sum([self.home, *self._arrived(), grads])
-        self.own = self.blocks = self.arrivals = self.home = None  # autograd may hold this object for longer
+        self.own = self.like = self.blocks = self.arrivals = self.home = None  # autograd may hold this object for longer
         return total
 
 
@@ -418,7 +423,7 @@ def depart(payload, *, ring, keep=True, pack=same, unpack=same, n_uses=1):
 # Ring attention
 
 @torch.compiler.disable
-def attend(q, sent, expand, params=(), local=None, expand_local=None, *, ring, chunk_size, n_exact=1, causal=True, n_parts=1):
+def attend(q, sent, expand, params=(), local=None, expand_local=None, *, ring, chunk_size, causal=True, n_parts=1):
     """
     Attention of local queries over the keys and values of the whole ring (Liu et al. 2023), where what travels is
     not keys and values but a payload that `expand` turns into them.
@@ -429,11 +434,10 @@ def attend(q, sent, expand, params=(), local=None, expand_local=None, *, ring, c
         alone as far as gradients go, work on any selection of whole chunks, and rotate k to `positions` (T',).
     params: tuple of tensors that `expand` uses, the same on every rank (a decompressor's weights). Each rank
         returns the gradient for its own queries: sum over ranks as for any other weight.
-    local, expand_local: a payload of the query tokens, never sent, and what turns it into their exact keys and values. If
-        given, every n_exact neighbouring chunks attend to *themselves* through these, and to other chunks through what
-        was sent. With n_exact=1 the result depends on how the sequence is cut into chunks but not on which rank holds
-        which; if what is sent is exact too, more means fewer calls. Needed if the payload is empty, where nothing else
-        is attended to.
+    local, expand_local: a payload of the query tokens, never sent, and what turns it, (payload, positions) -> k, v, into
+        their exact keys and values. If given, every chunk attends to *itself* through these, and to other chunks
+        through what was sent, so the result depends on how the sequence is cut into chunks but not on which rank holds
+        which. Needed if the payload is empty, where nothing else is attended to.
     chunk_size: tokens in a chunk; T must be a multiple.
     causal: False lets every token see every other.
     n_parts: 2 if a rank's tokens are attended to in two calls, their front half (`sent` of the front half) and then
@@ -441,13 +445,10 @@ def attend(q, sent, expand, params=(), local=None, expand_local=None, *, ring, c
         Every chunk in any front half is before every chunk in any back half. Causal only.
 
     Returns (B, H, T, hd) in q's dtype. Accumulates in float32 at least.
-    Raises ValueError if the chunks cannot be shared out over the ring, or n_exact does not divide those of a rank.
+    Raises ValueError if the chunks cannot be shared out over the ring.
     """
     transits, payloads = zip(*sent)
-    n_chunks = q.shape[2] // chunk_size
-    if local and n_chunks % n_exact:
-        raise ValueError(f'the number of chunks attended to in one call ({n_chunks}) must be a multiple of n_exact ({n_exact})')
-    spec = _Spec(ring, expand, expand_local, causal, chunk_size, n_exact if local else 0, n_parts, n_chunks, len(sent) - 1,
+    spec = _Spec(ring, expand, expand_local, bool(local), causal, chunk_size, n_parts, q.shape[2] // chunk_size, len(sent) - 1,
                  q.device, [t for t in transits if t], [len(local or ()), *map(len, payloads)])
     return _Attend.apply(spec, q, *(local or ()), *itertools.chain(*payloads), *params)
 
@@ -481,9 +482,9 @@ class _Spec:
     ring: Ring
     expand: Callable
     expand_local: Callable
+    exact_local: bool
     causal: bool
     chunk_size: int
-    n_exact: int  # 0: no exact local keys and values
     n_parts: int
     n_chunks: int  # of the query tokens
     part: int  # which part they are
@@ -491,40 +492,62 @@ class _Spec:
     transits: list
     n_tensors: list  # in `local` and in each transit's payload
 
-    def blocks(self):
-        """(part, hop) of every block in the order of their arrival: the local one, our own, the others, latest sent last."""
-        blocks = [(part, hop) for part in range(len(self.transits)) for hop in range(self.ring.world_size)]
-        return [(self.part, LOCAL)] * (self.n_exact > 0) + sorted(blocks, key=lambda b: (b[1] > 0, *b))
+    def chunks(self, rank, part):
+        """The chunks that a part of a rank's tokens consists of."""
+        n, world_size = self.n_chunks, self.ring.world_size
+        return zigzag(n * self.n_parts * world_size, world_size, rank)[part * n:(part + 1) * n]
 
-    def calls(self, part, hop, local, params, grad=False):
+    def work(self):
         """
-        Every attention call over a block: yields (call, payload, k, v), where k, v (B * n_pieces, Hkv, L, hd) were made of the
-        payload of the call's key chunks only. grad: the payload's tensors are fresh leaves, and k and v have a graph.
+        All calls, as three lists of (part, hop, calls): first, of which the one call covers every query; the rest of our own
+        blocks; and the blocks of others, in the order of their arrival, latest sent last.
         """
-        n, ring = self.n_chunks, self.ring
+        ring, n = self.ring, self.n_chunks
+        own, others = [], []
+        for part, hop in itertools.product(range(len(self.transits)), range(ring.world_size)):
+            theirs = self.chunks((ring.rank - hop) % ring.world_size, part)
+            calls = visible(self.chunks(ring.rank, self.part), theirs, self.exact_local, self.causal)
+            (others if hop else own).append((part, hop, calls))
+        if self.exact_local:
+            chunk = slice(0, 1)
+            return [(self.part, LOCAL, [Call(n, chunk, chunk, self.causal)])], own, others
+        part, _, calls = own.pop()
+        if ring.world_size > 1 and self.causal and n % 2 == 0:
+            # two triangles and a square, so that in backward something is left to compute while the last gradient travels
+            front, back = slice(0, n // 2), slice(n // 2, n)
+            calls = [Call(2, front, front, True), Call(1, back, front, False)]
+        return [(part, 0, calls[:1])], [*own, (part, 0, calls[1:])], others
+
+    def rebuild(self, wire, part, hop, call, params):
+        """
+        wire: the block (part, hop) as it travelled. Returns the payload of the call's key chunks, and keys and values
+        (B * n_pieces, Hkv, L, hd) made of it. With gradients enabled the payload's tensors are fresh leaves, and k and
+        v have a graph.
+        """
+        ring, n, transit = self.ring, self.n_chunks, None if hop == LOCAL else self.transits[part]
         source = (ring.rank - max(hop, 0)) % ring.world_size
         positions = ring.positions(n * self.n_parts * self.chunk_size, self.chunk_size, self.device, source)
-        positions = positions.chunk(self.n_parts)[part]
-        if hop == LOCAL:
-            wire, chunks = local, slice(0, self.n_exact)
-            calls = [Call(n // self.n_exact, chunks, chunks, self.causal)]
-        else:
-            transit = self.transits[part]
-            wire = transit.block(hop)  # waits for it
-            mine, theirs = (zigzag(n * self.n_parts * ring.world_size, ring.world_size, r)[p * n:(p + 1) * n]
-                            for r, p in ((ring.rank, self.part), (source, part)))
-            calls = visible(mine, theirs, self.n_exact, self.causal)
-        for call in calls:
-            # the payload's tensors differ in granularity, but all run along dimension 1
-            payload = [_part(t, 1, call.n_pieces, call.keys, n).flatten(1, 2) for t in wire]
-            at = _part(positions, 0, call.n_pieces, call.keys, n).flatten()
-            if hop != LOCAL:
-                payload = transit.unpack(payload, transit.like[0][1])
-            payload = [t.detach().requires_grad_(grad and t.is_floating_point()) for t in payload]
-            with torch.set_grad_enabled(grad):
-                k, v = self.expand_local(payload, at) if hop == LOCAL else self.expand(payload, params, at)
-                k, v = (_pieces(t, call.n_pieces) for t in (k, v))
-            yield call, payload, k, v
+        at = _part(positions.chunk(self.n_parts)[part], 0, call.n_pieces, call.keys, n).flatten()
+        # the payload's tensors differ in granularity, but all run along dimension 1
+        payload = [_part(t, 1, call.n_pieces, call.keys, n).flatten(1, 2) for t in wire]
+        if transit:
+            payload = transit.unpack(payload, transit.like[0].dtype)
+        payload = [t.detach().requires_grad_(torch.is_grad_enabled() and t.is_floating_point()) for t in payload]
+        k, v = self.expand(payload, params, at) if transit else self.expand_local(payload, at)
+        return payload, *(_pieces(t, call.n_pieces) for t in (k, v))
+
+    def add_part(self, totals, block, call, found, like):
+        """Add the gradients `found` of the call's key chunks to totals[block], where there is one for each tensor of `like`."""
+        if block not in totals and call.n_pieces * (call.keys.stop - call.keys.start) == self.n_chunks:
+            totals[block] = list(found)  # all chunks
+            return
+        first = block not in totals
+        so_far = [torch.zeros_like(t) for t in like] if first else totals[block]
+        # what is added to once is exact as it is; sums are float32 at least
+        totals[block] = so_far if first else [t.to(kernels.accumulation_dtype(t.dtype)) for t in so_far]
+        for total, g in zip(totals[block], found):
+            total = _part(total, 1, call.n_pieces, call.keys, self.n_chunks)
+            kernels.accumulate(total, g.reshape(total.shape))
 
     def queries(self, x, call):
         """The call's part of a tensor of the queries' shape (B, H, T, ...): a view (B, n_pieces, H, L, ...)."""
@@ -539,10 +562,12 @@ class _Attend(torch.autograd.Function):
         local, params = tensors[:s.n_tensors[0]], tensors[sum(s.n_tensors):]
         out = lse = None  # (B, H, T, hd) and (B, H, T), in acc
         with torch.autocast(q.device.type, enabled=False):
-            for part, hop in s.blocks():
-                for call, _, k, v in s.calls(part, hop, local, params):
+            for part, hop, calls in itertools.chain(*s.work()):
+                wire = local if hop == LOCAL else s.transits[part].block(hop)  # waits for it
+                for call in calls:
+                    _, k, v = s.rebuild(wire, part, hop, call, params)
                     block = kernels.attention_forward(s.queries(q, call).flatten(0, 1), k, v, call.causal)
-                    if out is None:  # the first call covers every query
+                    if out is None:
                         out, lse = (_whole(t, batch).to(acc) for t in block)
                     else:
                         kernels.merge(s.queries(out, call), s.queries(lse, call), *(t.unflatten(0, (batch, -1)) for t in block))
@@ -558,56 +583,52 @@ class _Attend(torch.autograd.Function):
         acc, batch, n_others = kernels.accumulation_dtype(q.dtype), len(q), len(ctx.needs_input_grad) - len(params)
         payload_needs_grad = any(ctx.needs_input_grad[2 + len(local):n_others])
         needs_grad = ctx.needs_input_grad[n_others:]
-        dq = None if s.n_exact else torch.zeros_like(q, dtype=acc)
         dparams = [torch.zeros_like(p, dtype=acc) if need else None for p, need in zip(params, needs_grad)]
         leaves = [p.detach().requires_grad_(need) for p, need in zip(params, needs_grad)]
+        dq, totals = None, {}  # totals: (part, hop) -> gradients of that block's payload
 
-        def block_backward(part, hop):
-            """Adds to dq and dparams; returns the gradient of this block's payload, in the payload's dtype; None: all zero."""
+        def block_backward(part, hop, calls):
+            wire = local if hop == LOCAL else s.transits[part].block(hop)
+            for call in calls:
+                call_backward(wire, part, hop, call)
+
+        def call_backward(wire, part, hop, call):
+            """Adds to dq, dparams and totals."""
             nonlocal dq
-            like = [(t.shape, t.dtype, t.device) for t in local] if hop == LOCAL else s.transits[part].like
-            parts = []
-            for call, payload, k, v in s.calls(part, hop, local, leaves, grad=True):
-                dq_, dk, dv = kernels.attention_backward(
-                    *(s.queries(t, call).flatten(0, 1) for t in (dout, q)), k.detach(), v.detach(),
-                    *(s.queries(t, call).flatten(0, 1) for t in (out, lse)), call.causal)
-                if dq is None:  # the diagonal covers every query
-                    dq = _whole(dq_, batch).to(acc)
-                else:
-                    s.queries(dq, call).add_(dq_.unflatten(0, (batch, -1)))
-                used = () if hop == LOCAL else leaves
-                wanted = [t for t in (*payload, *used) if t.requires_grad]
-                found = torch.autograd.grad((k, v), wanted, (dk, dv))
-                for dp, g in zip((dp for dp in dparams if dp is not None), found[len(like):]):
-                    dp += g
-                parts.append((call, found[:len(like)]))
-            if len(parts) == 1 and (call.keys.stop - call.keys.start) * call.n_pieces == s.n_chunks:  # of the whole block
-                return parts[0][1]
-            grads = [torch.zeros(shape, dtype=acc if len(parts) > 1 else dtype, device=device) for shape, dtype, device in like]
-            for call, found in parts:
-                for total, g in zip(grads, found):
-                    total = _part(total, 1, call.n_pieces, call.keys, s.n_chunks)
-                    total.add_(g.reshape(total.shape))
-            return [total.to(dtype) for total, (_, dtype, _) in zip(grads, like)] if parts else None
+            with torch.enable_grad():
+                payload, k, v = s.rebuild(wire, part, hop, call, leaves)
+            dq_, dk, dv = kernels.attention_backward(
+                *(s.queries(t, call).flatten(0, 1) for t in (dout, q)), k.detach(), v.detach(),
+                *(s.queries(t, call).flatten(0, 1) for t in (out, lse)), call.causal)
+            if dq is None:
+                dq = _whole(dq_, batch).to(acc)
+            else:
+                kernels.accumulate(s.queries(dq, call), dq_.unflatten(0, (batch, -1)))
+            like = local if hop == LOCAL else s.transits[part].like
+            wanted = [t for t in (*payload, *(() if hop == LOCAL else leaves)) if t.requires_grad]
+            found = torch.autograd.grad((k, v), wanted, (dk, dv))
+            for dp, g in zip((dp for dp in dparams if dp is not None), found[len(like):]):
+                dp += g
+            s.add_part(totals, (part, hop), call, found[:len(like)], like)
 
         with torch.autocast(q.device.type, enabled=False):
+            first, own, others = s.work()
             # Our own blocks come last, so that the gradients of others' travel under compute. Kept payloads are here
-            # already; otherwise they are sent once more, under the local block, or if there is none, under nothing.
-            own = [b for b in s.blocks() if b[1] == 0]
-            others = [b for b in s.blocks() if b[1] > 0]
+            # already; otherwise they are sent once more, under the first call.
             if s.transits and not s.transits[-1].keep:
                 s.transits[-1].send('bwd')
             else:
                 others.reverse()
-            dlocal = block_backward(s.part, LOCAL) if s.n_exact else []
-            for part, hop in others:
-                grads = block_backward(part, hop)
+            block_backward(*first[0])
+            for part, hop, calls in others:
+                block_backward(part, hop, calls)
                 if payload_needs_grad:
-                    s.transits[part].send_home(hop, grads)
-            dpayload = []
-            for part, hop in own:
-                grads = block_backward(part, hop)
-                grads = iter(grads or [None] * len(s.transits[part].like))
-                dpayload += [next(grads) if floating else None for floating in s.transits[part].floating]
+                    s.transits[part].send_home(hop, totals.pop((part, hop), None))
+            for block in own:
+                block_backward(*block)
+        dpayload = []
+        for part, transit in enumerate(s.transits):
+            grads = iter(totals.pop((part, 0), [None] * len(transit.like)))
+            dpayload += [next(grads) if floating else None for floating in transit.floating]
         ctx.spec = None  # frees what has arrived
-        return None, dq.to(q.dtype), *dlocal, *dpayload, *dparams
+        return None, dq.to(q.dtype), *totals.pop((s.part, LOCAL), ()), *dpayload, *dparams
