@@ -256,6 +256,7 @@ def fuse():
     torch.compile what runs once per arriving block (train.py --compile). Callers reach these functions
     through the module, `kernels.merge(...)`, so that rebinding the names here is enough.
     """
+    torch._dynamo.config.recompile_limit = 64  # blocks come in many lengths
     for f in (merge, accumulate, add_up, quantize, dequantize, to_heads, expand_to_heads):
         globals()[f.__name__] = torch.compile(f)
 
