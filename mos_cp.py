@@ -415,12 +415,20 @@ class MLP(nn.Module):
         return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
 
 
+class Norm(nn.RMSNorm):
+    """RMSNorm, in autocast's dtype: rounded once, not (and kept for backward) by every matrix that multiplies the result."""
+
+    def forward(self, x):
+        device = x.device.type
+        return super().forward(x).to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+
+
 class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1, self.attn = nn.RMSNorm(config.n_embd, eps=1e-5), Attention(config, layer)
-        self.ln_2, self.mlp = nn.RMSNorm(config.n_embd, eps=1e-5), MLP(config)
+        self.ln_1, self.attn = Norm(config.n_embd, eps=1e-5), Attention(config, layer)
+        self.ln_2, self.mlp = Norm(config.n_embd, eps=1e-5), MLP(config)
 
     def depart(self, x, *where):
         return self.attn.depart(self.ln_1(x), *where)
@@ -438,7 +446,7 @@ class GPT(nn.Module):
         self.config, self.ring = config, ring or Ring()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.ln_f = Norm(config.n_embd, eps=1e-5)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         frequency = config.rope_base ** (-torch.arange(0, config.head_dim, 2).double() / config.head_dim)
         angle = torch.outer(torch.arange(config.block_size).double(), frequency)  # (block_size, hd/2)
