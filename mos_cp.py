@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from ring import Ring, attend, depart
@@ -61,6 +62,7 @@ class GPTConfig:
     wire_dtype: str = 'compute'  # of what travels; 'compute': the dtype it was computed in
     grad_wire_dtype: str = 'same'  # of the gradient that travels back
     interleave: bool = False  # the front and the back half of a rank's tokens compute in turn
+    recompute: bool = False  # the MLPs' activations and the logits in backward, instead of keeping them
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -423,6 +425,11 @@ class Norm(nn.RMSNorm):
         return super().forward(x).to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
 
 
+def recomputed(f, *args):
+    """f(*args), keeping nothing of what f computes: backward computes it once more. Only for what sends nothing."""
+    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 class Block(nn.Module):
 
     def __init__(self, config, layer):
@@ -435,11 +442,15 @@ class Block(nn.Module):
 
     def arrive(self, x, *departed):
         x = x + self.attn.arrive(*departed)
-        return x + self.mlp(self.ln_2(x))
+        return x + (recomputed(self.feed_forward, x) if self.attn.config.recompute else self.feed_forward(x))
+
+    def feed_forward(self, x):
+        return self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
     """LLaMA-3-style decoder: RMSNorm, RoPE, SwiGLU, untied head, no biases. nanoGPT's interface."""
+    loss_tokens = 8192  # of each sequence, whose logits exist at a time, with config.recompute
 
     def __init__(self, config, ring=None):
         super().__init__()
@@ -467,7 +478,8 @@ class GPT(nn.Module):
         rank's shard (`ring.shard`), and `loss` is the mean over its tokens: shards are equally long, so, as long
         as no target is ignored, the mean over ranks is the mean over the sequence.
 
-        Returns logits (B, T, vocab_size) and loss (None without targets).
+        Returns logits (B, T, vocab_size) and loss (None without targets). With config.recompute there are no logits (None)
+        beside a loss.
         Raises ValueError if the sequence is too long or cannot be cut into chunks for the ring.
         """
         n, world_size, chunk_size = idx.shape[1], self.ring.world_size, self.config.chunk_size
@@ -478,13 +490,23 @@ class GPT(nn.Module):
                 raise ValueError(f'shard length ({n}) must be a multiple of block_size / n_chunks ({chunk_size})')
             idx = F.pad(idx, (0, chunk_size - n % chunk_size))  # in the future of every real token
         here = self.ring.positions(idx.shape[1], chunk_size, idx.device)
-        x = self.transformer(self.wte(idx), here)  # (B, T, n_embd)
-        logits = self.lm_head(self.ln_f(x))[:, :n]  # (B, T, vocab_size)
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).to(kernels.accumulation_dtype(logits.dtype)),
-                                   targets.flatten(), ignore_index=-1)
-        return logits, loss
+        x = self.transformer(self.wte(idx), here)[:, :n]  # (B, T, n_embd)
+        if targets is None:
+            return self.logits(x), None
+        n_targets = (targets != -1).sum()
+        if self.config.recompute:  # a few tokens at a time: the logits of a long sequence are larger than all the rest
+            pieces = zip(x.split(self.loss_tokens, dim=1), targets.split(self.loss_tokens, dim=1))
+            return None, sum(recomputed(lambda *piece: self.summed_loss(*piece)[1], *piece) for piece in pieces) / n_targets
+        logits, loss = self.summed_loss(x, targets)
+        return logits, loss / n_targets
+
+    def logits(self, x):
+        return self.lm_head(self.ln_f(x))  # (B, T, vocab_size)
+
+    def summed_loss(self, x, targets):
+        logits = self.logits(x)
+        return logits, F.cross_entropy(logits.flatten(0, 1).to(kernels.accumulation_dtype(logits.dtype)),
+                                       targets.flatten(), ignore_index=-1, reduction='sum')
 
     def transformer(self, x, here):
         """

@@ -373,6 +373,8 @@ class Transit:
         grads: the gradient of our own payload from our own queries, None if there is none -> the sum over all ranks.
         Frees everything.
         """
+        if grads is not None:  # rounded as if it too had travelled: with few ranks or one the same noise as with many
+            grads = self.unpack(self.pack(grads, gradient=True), self.dtype, gradient=True)
         total = self._sum([self.home, *self._arrived(), grads])
         self.own = self.like = self.blocks = self.arrivals = self.home = None  # autograd may hold this object for longer
         return total

@@ -211,7 +211,7 @@ OPTIONS = [  # what a model can send
     dict(send='topk', exact_local=False), dict(send='full', wire_dtype='int4', grad_wire_dtype='compute'),
     dict(send='full', wire_dtype='int8', exact_local=False, grad_wire_dtype='compute'),
     dict(send='topk', exact_local=False, wire_dtype='int8', grad_wire_dtype='compute'),
-    dict(), dict(compress_last=False), dict(interleave=True), dict(wire_dtype='int4', grad_wire_dtype='compute'),
+    dict(), dict(compress_last=False), dict(interleave=True), dict(interleave=True, recompute=True), dict(wire_dtype='int4', grad_wire_dtype='compute'),
     dict(wire_dtype='bf16', joint_kv=False, grad_wire_dtype='compute'),
     dict(interleave=True, exact_local=False, wire_dtype='int8', grad_wire_dtype='compute', joint_kv=False, basis='rotated'), dict(joint_kv=False), dict(exact_local=False), dict(basis='fixed'),
     dict(basis='fixed', joint_kv=False, exact_local=False),
@@ -229,6 +229,7 @@ def small_model(ring=None, **options):
                                  rank_k=0.2, rank_v=0.2), **options})
     torch.manual_seed(0)
     model = GPT(config, ring).double()
+    model.loss_tokens = 5
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.mul_(100 if 'psi' in name else 3 if p.dim() == 2 and 'compressor' not in name else 1)
@@ -743,7 +744,7 @@ def test_unplugged_model_is_a_plain_model():
 def test_compiled_equals_eager(monkeypatch):
     for name in ('merge', 'accumulate', 'add_up', 'quantize', 'dequantize', 'to_heads', 'expand_to_heads'):
         monkeypatch.setattr(kernels, name, getattr(kernels, name))  # put back at the end
-    several = dict(), dict(basis='rotated', joint_kv=False), dict(wire_dtype='int4')
+    several = dict(), dict(basis='rotated', joint_kv=False), dict(wire_dtype='int4', grad_wire_dtype='compute', recompute=True)
     eager = {str(o): train_steps(small_model(**o), 2) for o in several}
     kernels.fuse()
     for options in several:
@@ -757,6 +758,16 @@ def test_compiled_equals_eager(monkeypatch):
 
 # -----------------------------------------------------------------------------
 # The model's interface
+
+def test_recompute_keeps_less_for_backward():
+    kept = []
+    for recompute in (False, True):
+        model, seen = GPT(GPTConfig(block_size=256, vocab_size=2000, recompute=recompute)), {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.data_ptr(), t), lambda t: t):
+            model(*torch.zeros(2, 1, 256, dtype=torch.int64))
+        kept.append(sum(t.nbytes for t in seen.values()))
+    assert kept[1] < 0.6 * kept[0], kept
+
 
 def test_any_length_and_generate():
     model = small_model()

@@ -100,6 +100,7 @@ FLAGS = [
     ('outer_momentum', 0.0, "Nesterov's momentum of that step (DiLoCo); 0: none"),
     ('device', 'auto', 'auto, cpu or cuda; auto takes cuda if every process on the machine can have a GPU'),
     ('dtype', 'auto', 'auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 (autocast) or float64'),
+    ('recompute', False, "compute the MLPs' activations and the logits once more in backward: room for a longer context"),
     ('compile', False, 'torch.compile the model and the kernels around the ring'),
     ('link_mbps', 0.0, 'pretend that every rank hangs on a link this slow, in megabits a second each way; 0: do not'),
     ('latency_ms', 0.0, 'and that a message takes this long one way besides, in milliseconds (gloo adds its own handshake)'),
