@@ -571,13 +571,21 @@ class GPT(nn.Module):
         """Parameters, without the input embedding by default: it costs no FLOPs."""
         return sum(p.numel() for p in self.parameters()) - non_embedding * self.wte.weight.numel()
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW; weight matrices decay, norms and the compressor's own parameters do not."""
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, basis_lr=1.0):
+        """
+        AdamW; weight matrices decay, norms and the compressor's own parameters do not.
+        basis_lr: the compressor's learning rate as a fraction of the others'; a group's fraction is its 'lr_scale'.
+        """
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        bases = [p for n, p in named if 'compressor' in n]
         decay = [p for n, p in named if p.dim() >= 2 and 'compressor' not in n]
-        rest = [p for n, p in named if p.dim() < 2 or 'compressor' in n]
-        groups = [{'params': decay, 'weight_decay': weight_decay}, {'params': rest, 'weight_decay': 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type == 'cuda')
+        norms = [p for n, p in named if p.dim() < 2 and 'compressor' not in n]
+        groups = [{'params': decay, 'weight_decay': weight_decay, 'lr_scale': 1.0},
+                  {'params': norms, 'weight_decay': 0.0, 'lr_scale': 1.0},
+                  {'params': bases, 'weight_decay': 0.0, 'lr_scale': basis_lr}]
+        for group in groups:
+            group['lr'] = learning_rate * group['lr_scale']
+        return torch.optim.AdamW(groups, betas=betas, fused=device_type == 'cuda')
 
     def flops_per_token(self):
         """

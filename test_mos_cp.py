@@ -795,6 +795,17 @@ def test_only_matrices_decay():
             assert decay[id(p)] == (0.1 if p.dim() == 2 and 'compressor' not in name else 0.0), name
 
 
+def test_bases_learn_at_their_own_rate(tmp_path):
+    moved = []
+    for basis_lr in (0.0, 0.5):
+        argv = ['--warm_start=0', f'--basis_lr={basis_lr}', '--max_iters=1', '--weight_decay=0', '--log_interval=1']
+        model = small_run(tmp_path, *argv)['model']
+        start = GPT(model.config).h[0].attn.compressor.subspaces[0].U0
+        moved.append((model.h[0].attn.compressor.subspaces[0].U0 - start).abs().max().item())
+    lr = json.loads((tmp_path / 'log.jsonl').read_text().splitlines()[0])['lr']
+    assert moved[0] == 0 and abs(moved[1] / lr - 0.5) < 1e-3, (moved, lr)  # AdamW's first step is its learning rate
+
+
 @pytest.mark.parametrize('options, message', (
     (dict(block_size=1000), r'block_size \(1000\) must be a multiple of n_chunks \(16\): change --block_size or --n_chunks'),
     (dict(n_embd=100, n_head=3), r'n_embd \(100\) must be a multiple of 2 \* n_head \(6\)'),

@@ -86,6 +86,7 @@ FLAGS = [
     ('warmup_iters', 20, 'iterations of linear warm-up'),
     ('lr_decay_iters', 0, 'iteration at which the cosine decay ends; 0: max_iters'),
     ('min_lr', 2e-4, 'learning rate at the end of the decay'),
+    ('basis_lr', 1.0, "learning rate of the compressor's own parameters, as a fraction of the others'"),
     ('weight_decay', 0.1, 'weight decay of the matrices'),
     ('beta1', 0.9, "AdamW's beta1"),
     ('beta2', 0.95, "AdamW's beta2"),
@@ -140,7 +141,7 @@ NEEDS = {**dict.fromkeys(('compress_last', 'unplug_at'), {'send': LOSSY}), 'inte
                          {'send': ('subspace',)}),
          **dict.fromkeys(('generator', 'n_generators', 'exp', 'theta_clip'),
                          {'send': ('subspace',), 'basis': ('rotated',)}),
-         'sync_basis_every': {'send': ('subspace',), 'basis': ('learned', 'rotated')},
+         **dict.fromkeys(('basis_lr', 'sync_basis_every'), {'send': ('subspace',), 'basis': ('learned', 'rotated')}),
          'topk': {'send': ('topk',)}, 'tflops': {'plan': (True,)},
          'link_mbps': {'plan': (False,)}, 'latency_ms': {'plan': (False,)}}
 
@@ -148,7 +149,7 @@ LOWEST = {**dict.fromkeys(('log_interval', 'eval_interval', 'eval_iters', 'batch
                            'sync_every', 'timeout_s'), 1),
           **dict.fromkeys(('cp', 'sync_basis_every', 'warm_start', 'unplug_at', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'vocab_size',
                            'sample_tokens', 'seed', 'grad_clip', 'learning_rate', 'min_lr', 'weight_decay', 'beta1',
-                           'beta2', 'link_mbps', 'latency_ms', 'outer_lr', 'outer_momentum', 'tflops'), 0)}
+                           'beta2', 'link_mbps', 'latency_ms', 'outer_lr', 'outer_momentum', 'tflops', 'basis_lr'), 0)}
 
 MODEL_FLAGS = [f.name for f in dataclasses.fields(GPTConfig) if f.name in {name for name, _, _ in FLAGS}]
 # What a resumed run takes from its own command line rather than from the checkpoint
@@ -496,7 +497,8 @@ def main(argv=None):
     if dtype == torch.bfloat16:  # float32 is for comparing runs to the last digit
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     raw_model = GPT(config, ring).to(device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    optimizer = raw_model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2), device.type)
+    optimizer = raw_model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2), device.type,
+                                               c.basis_lr)
     iter_num, best_val_loss, seconds = 0, float('inf'), 0.0
     if checkpoint:
         raw_model.load_state_dict(checkpoint['model'])
@@ -668,7 +670,7 @@ def main(argv=None):
         torch.manual_seed(int(np.random.SeedSequence((c.seed, iter_num, rank)).generate_state(1)[0]))
         lr = learning_rate(iter_num, c)
         for group in optimizer.param_groups:
-            group['lr'] = lr
+            group['lr'] = lr * group['lr_scale']
         loss = 0.0
         for micro in range(micro_steps):
             x, y = train_batch(micro)
