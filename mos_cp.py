@@ -472,11 +472,12 @@ class GPT(nn.Module):
     def compressors(self):
         return [block.attn.compressor for block in self.h]
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, by_token=False):
         """
         idx, targets: (B, T) token numbers, -1 in targets is ignored. With a ring of several ranks they are this
         rank's shard (`ring.shard`), and `loss` is the mean over its tokens: shards are equally long, so, as long
         as no target is ignored, the mean over ranks is the mean over the sequence.
+        by_token: `loss` is not the mean but each token's (B, T), 0 where the target is ignored.
 
         Returns logits (B, T, vocab_size) and loss (None without targets). With config.recompute there are no logits (None)
         beside a loss.
@@ -493,20 +494,21 @@ class GPT(nn.Module):
         x = self.transformer(self.wte(idx), here)[:, :n]  # (B, T, n_embd)
         if targets is None:
             return self.logits(x), None
-        n_targets = (targets != -1).sum()
         if self.config.recompute:  # a few tokens at a time: the logits of a long sequence are larger than all the rest
             pieces = zip(x.split(self.loss_tokens, dim=1), targets.split(self.loss_tokens, dim=1))
-            return None, sum(recomputed(lambda *piece: self.summed_loss(*piece)[1], *piece) for piece in pieces) / n_targets
-        logits, loss = self.summed_loss(x, targets)
-        return logits, loss / n_targets
+            logits, losses = None, torch.cat([recomputed(lambda *piece: self.losses(*piece)[1], *piece) for piece in pieces], dim=1)
+        else:
+            logits, losses = self.losses(x, targets)
+        return logits, losses if by_token else losses.sum() / (targets != -1).sum()
 
     def logits(self, x):
         return self.lm_head(self.ln_f(x))  # (B, T, vocab_size)
 
-    def summed_loss(self, x, targets):
+    def losses(self, x, targets):
         logits = self.logits(x)
-        return logits, F.cross_entropy(logits.flatten(0, 1).to(kernels.accumulation_dtype(logits.dtype)),
-                                       targets.flatten(), ignore_index=-1, reduction='sum')
+        losses = F.cross_entropy(logits.flatten(0, 1).to(kernels.accumulation_dtype(logits.dtype)),
+                                 targets.flatten(), ignore_index=-1, reduction='none')
+        return logits, losses.view(targets.shape)  # (B, T)
 
     def transformer(self, x, here):
         """

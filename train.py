@@ -39,7 +39,8 @@ FLAGS = [
     ('preset', 'tiny', 'sizes and schedule: tiny, 124m or 800m; single flags override it'),
     ('method', 'ours', 'ours (the defaults below), or paper: sets every option to what the paper does'),
     # input and output
-    ('data', 'stdlib', "training data: stdlib (Python's own source), a text file (bytes), a uint16 .bin, or a glob"),
+    ('data', 'stdlib', "training data: stdlib (Python's own source), a text file (bytes), a uint16 .bin, a glob, or needle (a test "
+                       'of memory, see needle_batch)'),
     ('val_data', '', 'validation data, same forms; empty: the last tenth of each file of --data'),
     ('out_dir', 'out', 'where ckpt.pt and log.jsonl go'),
     ('init_from', 'scratch', 'scratch, or resume: continue from out_dir/ckpt.pt'),
@@ -223,6 +224,11 @@ def parse_config(argv):
         fail(f'beta1 ({c.beta1}) and beta2 ({c.beta2}) must be below 1: change --beta1 or --beta2')
     if c.method == 'paper' and c.send != 'subspace':
         fail(f'--method=paper sends subspaces, not --send={c.send}: leave out one of the two')
+    if c.data == 'needle':
+        for name in {'val_data', 'vocab_size'} & given.keys():
+            fail(f'--{name} does nothing with --data=needle: leave out one of the two')
+        if c.n_chunks % 2:
+            fail(f'n_chunks ({c.n_chunks}) must be a multiple of 2 for --data=needle: change --n_chunks')
     if c.send != 'subspace':
         c.warm_start = 0
     c.sync_basis_every = c.sync_basis_every or c.sync_every
@@ -334,6 +340,28 @@ def get_batch(shards, batch_size, block_size, rng):
         rows.append(shards[shard][i:i + block_size + 1].astype(np.int64))
     rows = torch.from_numpy(np.stack(rows))
     return rows[:, :-1], rows[:, 1:]
+
+
+N_VALUES = 8  # of a needle: chance is a loss of log(8) = 2.08
+
+
+def needle_batch(batch_size, block_size, n_chunks, rng):
+    """
+    --data=needle: how far back can the model look things up? -> idx, targets (batch_size, block_size) int64.
+
+    The first half of a sequence states facts, each a token of its own that says key and value; no key comes twice. The
+    second half asks for each key once, and the target is its value; there are no other targets. What chunk i states is asked for,
+    in another order, in chunk n_chunks - 1 - i: so every chunk of the second half looks back over one distance, and from its
+    own chunk there is nothing to be learned.
+    """
+    n_keys, shape = block_size // 2, (batch_size, n_chunks // 2, block_size // n_chunks)
+    keys = rng.permuted(np.broadcast_to(np.arange(n_keys), (batch_size, n_keys)), axis=1).reshape(shape)
+    values = rng.integers(N_VALUES, size=shape)
+    order = rng.permuted(np.broadcast_to(np.arange(shape[2]), shape), axis=2)
+    asked, answers = (np.take_along_axis(t, order, axis=2)[:, ::-1] for t in (keys, values))
+    x = np.concatenate((keys * N_VALUES + values, n_keys * N_VALUES + asked), axis=1)
+    y = np.concatenate((np.full(shape, -1), answers), axis=1)
+    return tuple(torch.from_numpy(t.reshape(batch_size, block_size)) for t in (x, y))
 
 
 # -----------------------------------------------------------------------------
@@ -465,10 +493,14 @@ def main(argv=None):
         fail(f'gradient_accumulation_steps ({c.gradient_accumulation_steps}) must be a multiple of dp, world size / cp '
              f'({dp}): change --gradient_accumulation_steps or --cp')
     try:
-        train_data, val_data = load_data(c.data, c.val_data, out_dir)
-        vocab_size = max(check_data('training', train_data, c.block_size, c.vocab_size),
-                         check_data('validation', val_data, c.block_size, c.vocab_size))
-        c.vocab_size = c.vocab_size or (256 if c.data == 'stdlib' else vocab_size)
+        if c.data == 'needle':
+            train_data = val_data = None
+            c.vocab_size = c.block_size // 2 * (N_VALUES + 1)
+        else:
+            train_data, val_data = load_data(c.data, c.val_data, out_dir)
+            vocab_size = max(check_data('training', train_data, c.block_size, c.vocab_size),
+                             check_data('validation', val_data, c.block_size, c.vocab_size))
+            c.vocab_size = c.vocab_size or (256 if c.data == 'stdlib' else vocab_size)
         config = GPTConfig(**{name: getattr(c, name) for name in MODEL_FLAGS})
         zigzag(config.n_chunks, cp, 0)
         if master or c.sync_every > 1:
@@ -535,7 +567,11 @@ def main(argv=None):
 
     def batch(shards, *seed):
         """One batch, this rank's part of it: a function of the seed alone, so iter_num is the place in the data."""
-        x, y = get_batch(shards, c.batch_size, c.block_size, np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        if c.data == 'needle':
+            x, y = needle_batch(c.batch_size, c.block_size, c.n_chunks, rng)
+        else:
+            x, y = get_batch(shards, c.batch_size, c.block_size, rng)
         x, y = (ring.shard(t, config.chunk_size) for t in (x, y))
         if device.type == 'cuda':
             x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
@@ -553,12 +589,21 @@ def main(argv=None):
 
     @torch.no_grad()
     def validate():
-        """Mean loss over eval_iters fixed batches; every rank takes part, a ring cannot have idle members."""
-        losses = []
+        """
+        -> mean loss over eval_iters fixed batches, and that of each chunk of the sequence (None: no targets there). Every rank
+        takes part, a ring cannot have idle members.
+        """
+        sums = torch.zeros(2, config.n_chunks, dtype=torch.float64, device=device)  # losses, number of targets
+        mine = zigzag(config.n_chunks, cp, ring.rank)
         for k in range(dp_rank, c.eval_iters, dp):
+            x, y = batch(val_data, 1, k)
             with autocast:
-                losses.append(model(*batch(val_data, 1, k))[1].item())
-        return mean_over_ranks(sum(losses), len(losses))
+                losses = model(x, y, by_token=True)[1]  # (B, T / cp)
+            sums[:, mine] += torch.stack((losses.double(), (y != -1).double())).unflatten(2, (len(mine), -1)).sum(dim=(1, 3))
+        if world_size > 1:
+            dist.all_reduce(sums)
+        total, count = sums.sum(dim=1).tolist()
+        return total / count, [loss / n if n else None for loss, n in sums.T.tolist()]
 
     def start_bases():
         """The end of the warm start: every subspace begins in principal directions, of this iteration's batch."""
@@ -647,7 +692,8 @@ def main(argv=None):
 
         if validating:
             seconds += now() - start  # validating and saving do not count
-            val_loss = record['val_loss'] = validate()
+            val_loss, record['val_loss_by_chunk'] = validate()
+            record['val_loss'] = val_loss
             say(f'iter {iter_num}: val loss {val_loss:.4f}')
             best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
             saving = not c.eval_only and iter_num > first_iter and (best or c.always_save_checkpoint)
