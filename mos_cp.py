@@ -24,7 +24,7 @@ from ring import Ring, attend, depart
 
 CHOICES = {  # the values each option takes; train.py's flags check against these too
     'send': ('full', 'local', 'topk', 'subspace'),
-    'wire_dtype': ('compute', 'bf16', 'int8', 'int4'),
+    'wire_dtype': ('auto', 'compute', 'bf16', 'int8', 'int4'),
     'grad_wire_dtype': ('same', 'compute', 'bf16', 'int8', 'int4'),
     'basis': ('fixed', 'rotated', 'learned'),
     'generator': ('frobenius', 'spectral', 'principal'),
@@ -51,15 +51,15 @@ class GPTConfig:
     exact_local: bool = True
     joint_kv: bool = True
     basis: str = 'learned'
-    rank_k: float = 0.02
-    rank_v: float = 0.05
+    rank_k: float = 0.05
+    rank_v: float = 0.125
     generator: str = 'frobenius'
     n_generators: int = 1
     exp: str = 'taylor'
     theta_clip: float = 0.5
     topk: float = 0.1
     compress_last: bool = True
-    wire_dtype: str = 'compute'  # of what travels; 'compute': the dtype it was computed in
+    wire_dtype: str = 'auto'  # of what travels; 'compute': the dtype it was computed in; 'auto': int8 if subspace, else compute
     grad_wire_dtype: str = 'same'  # of the gradient that travels back
     interleave: bool = False  # the front and the back half of a rank's tokens compute in turn
     recompute: bool = False  # the MLPs' activations and the logits in backward, instead of keeping them
@@ -82,6 +82,8 @@ class GPTConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f'{name} ({getattr(self, name)!r}) must be one of {", ".join(choices)}: '
                                  f'change --{name}')
+        if self.wire_dtype == 'auto':
+            self.wire_dtype = 'int8' if self.send == 'subspace' else 'compute'
         for name in ('rank_k', 'rank_v', 'topk'):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f'{name} ({getattr(self, name)}) is a fraction of the width, above 0 and '

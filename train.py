@@ -62,13 +62,14 @@ FLAGS = [
     ('vocab_size', 0, 'vocabulary; 0: from the data (256 for text, largest token + 1 for .bin)'),
     # what crosses the wire
     ('send', 'subspace', 'full (uncompressed), local (nothing), topk, or subspace'),
-    ('wire_dtype', 'compute', 'of what is sent: compute (as computed), bf16, int8 or int4; its gradient is rounded stochastically'),
+    ('wire_dtype', 'auto', 'of what is sent: compute (as computed), bf16, int8 or int4, whose gradient is rounded stochastically; auto: int8 '
+                           'for subspaces, compute for the rest'),
     ('grad_wire_dtype', 'same', 'of that gradient alone, if not the same'),
     ('exact_local', True, 'a chunk attends to its own keys and values exactly; False (the paper): to rebuilt ones'),
     ('joint_kv', True, 'one subspace for keys and values together, of rank r_k + r_v; False: one each'),
     ('basis', 'learned', 'fixed, learned (a trained parameter), or rotated (the paper: by the mean of the chunk)'),
-    ('rank_k', 0.02, 'numbers sent for a key, as a fraction of its width'),
-    ('rank_v', 0.05, 'numbers sent for a value, as a fraction of its width'),
+    ('rank_k', 0.05, 'numbers sent for a key, as a fraction of its width'),
+    ('rank_v', 0.125, 'numbers sent for a value, as a fraction of its width'),
     ('generator', 'frobenius', 'of the rotation: random with frobenius or spectral norm 1, or principal (see README)'),
     ('n_generators', 1, 'how many generators, that is numbers in theta'),
     ('exp', 'taylor', 'the exponential of the rotation: taylor (second order) or exact'),
@@ -87,7 +88,7 @@ FLAGS = [
     ('warmup_iters', 20, 'iterations of linear warm-up'),
     ('lr_decay_iters', 0, 'iteration at which the cosine decay ends; 0: max_iters'),
     ('min_lr', 2e-4, 'learning rate at the end of the decay'),
-    ('basis_lr', 1.0, "learning rate of the compressor's own parameters, as a fraction of the others'"),
+    ('basis_lr', 0.3, "learning rate of the compressor's own parameters, as a fraction of the others'"),
     ('weight_decay', 0.1, 'weight decay of the matrices'),
     ('beta1', 0.9, "AdamW's beta1"),
     ('beta2', 0.95, "AdamW's beta2"),
@@ -124,8 +125,8 @@ PRESETS = {
 METHODS = {
     'ours': {},
     'paper': dict(basis='rotated', joint_kv=False, exact_local=False, generator='frobenius', n_generators=1,
-                  exp='taylor', theta_clip=0.5, rank_k=0.02, rank_v=0.05, compress_last=False, warm_basis='weights',
-                  sync_every=200),
+                  exp='taylor', theta_clip=0.5, rank_k=0.02, rank_v=0.05, wire_dtype='compute', compress_last=False,
+                  warm_basis='weights', basis_lr=1.0, sync_every=200),
 }
 
 CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS), 'init_from': ('scratch', 'resume'),
@@ -218,6 +219,8 @@ def parse_config(argv):
         if config[name] < lowest:
             fail(f'{name} ({config[name]}) must be at least {lowest}: change --{name}')
     c = argparse.Namespace(**config)
+    if c.wire_dtype == 'auto':
+        c.wire_dtype = 'int8' if c.send == 'subspace' else 'compute'
     if 'exact_local' in given and c.send == 'full' and c.wire_dtype == 'compute':
         fail('--exact_local does nothing with --send=full and --wire_dtype=compute, where all is exact: change one of them')
     if max(c.beta1, c.beta2) >= 1:
