@@ -12,8 +12,10 @@ gradient home is ours:
 """
 import functools
 import itertools
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
@@ -99,6 +101,26 @@ def visible(mine, theirs, exact_local, causal):
 
 # -----------------------------------------------------------------------------
 # The transport
+
+class PeerError(RuntimeError):
+    """This rank waited for another one, which has ended, or been silent for longer than the group's timeout."""
+
+
+@contextmanager
+def waiting(whom, what):
+    """Turns what the backend says when a peer is gone into a PeerError of one sentence. (NCCL's watchdog ends the process itself.)"""
+    try:
+        yield
+    except RuntimeError as e:
+        reason = re.sub(r'^\[[^]]*\] *', '', str(e)).split('\n')[0].split('. ')[0]  # without the place in gloo's source, and its advice
+        raise PeerError(f'rank {dist.get_rank()} waited for {whom} in {what} and gave up: {reason}') from e
+
+
+def sum_over_ranks(tensor, what):
+    """All-reduce `tensor` in place, over all ranks of the run. what: a name for the operation, should it fail."""
+    with waiting('all other ranks', what):
+        dist.all_reduce(tensor)
+
 
 class Link:
     """
@@ -224,34 +246,40 @@ class Ring:
         Post one batched send of `tensors` to rank `to` of the ring and the receive of tensors of the same
         shapes from rank `source`; do not wait. phase: 'fwd' or 'bwd', for the meter.
 
-        Returns a function that waits for both and returns the received tensors.
+        Returns a function that waits for both and returns the received tensors. Raises PeerError if the peer is gone, now or then.
         """
         tensors = [t.contiguous() for t in tensors]
         received = [torch.empty_like(t) for t in tensors]
         n_bytes = sum(t.nbytes for t in tensors)
         self.meter.count(phase, n_bytes, n_bytes)
         to, source = (dist.get_global_rank(self.group, r % self.world_size) for r in (to, source))
-        if self.link.dialled:  # beside the data, on the CPU with tag 1, each side tells when its bytes leave
-            theirs = torch.empty(1, dtype=torch.float64)
-            told = dist.irecv(theirs, source, self.group, tag=1)
 
-            def leave(now):
-                ours = torch.tensor([self.link.send(n_bytes, now)], dtype=torch.float64)
-                return ours, dist.isend(ours, to, self.group, tag=1)
-            left = self.link.when_computed(tensors[0].device, leave)
-        # receives first: gloo sends only once it knows that the receiver is ready, and that news must not queue up
-        # behind our own data (posted the other way round, both directions of a late exchange run one after the other)
-        works = dist.batch_isend_irecv([dist.P2POp(dist.irecv, t, source, self.group) for t in received]
-                                       + [dist.P2POp(dist.isend, t, to, self.group) for t in tensors])
+        def waiting_for(rank):
+            return waiting(f'rank {rank}', f"the ring's {'forward' if phase == 'fwd' else 'backward'} exchange")
+
+        def leave(now):
+            ours = torch.tensor([self.link.send(n_bytes, now)], dtype=torch.float64)
+            return ours, dist.isend(ours, to, self.group, tag=1)
+        with waiting_for(source if source == to else f'{source} or {to}'):  # posting fails if it is known to be gone
+            if self.link.dialled:  # beside the data, on the CPU with tag 1, each side tells when its bytes leave
+                theirs = torch.empty(1, dtype=torch.float64)
+                told = dist.irecv(theirs, source, self.group, tag=1)
+                left = self.link.when_computed(tensors[0].device, leave)
+            # receives first: gloo sends only once it knows that the receiver is ready, and that news must not queue up
+            # behind our own data (posted the other way round, both directions of a late exchange run one after the other)
+            works = dist.batch_isend_irecv([dist.P2POp(dist.irecv, t, source, self.group) for t in received]
+                                           + [dist.P2POp(dist.isend, t, to, self.group) for t in tensors])
 
         def wait():
             if self.link.dialled:
-                told.wait()
+                with waiting_for(source):
+                    told.wait()
                 self.link.sleep_until(self.link.receive(n_bytes, theirs.item()))
-                _, telling = left()
-                telling.wait()
-            for work in works:  # gloo returns one work per tensor, NCCL one per batch
-                work.wait()
+                with waiting_for(to):
+                    left()[1].wait()
+            for i, work in enumerate(works):  # gloo returns one work per tensor, NCCL one per batch
+                with waiting_for(source if i < len(received) else to):
+                    work.wait()
             tensors.clear()  # until here the sent tensors had to stay alive
             return received
         return wait
@@ -265,7 +293,7 @@ def average(tensors, ring):
     """
     if not (dist.is_initialized() and tensors):
         return
-    N, link = dist.get_world_size(), ring.link
+    N, link, what = dist.get_world_size(), ring.link, 'the average of gradients or weights'
     flat = torch.cat([t.flatten() for t in tensors])
     n_bytes = 2 * (N - 1) * flat.nbytes // N
     ring.meter.count('sync', n_bytes, n_bytes)
@@ -273,8 +301,9 @@ def average(tensors, ring):
         if flat.is_cuda:
             torch.cuda.current_stream().synchronize()
         left = torch.tensor([link.send(n_bytes, link.clock())], dtype=torch.float64, device=flat.device)
-        dist.all_reduce(left, dist.ReduceOp.MAX)  # it ends for none before the last has begun
-    dist.all_reduce(flat)
+        with waiting('all other ranks', what):
+            dist.all_reduce(left, dist.ReduceOp.MAX)  # it ends for none before the last has begun
+    sum_over_ranks(flat, what)
     if link.dialled:
         one_by_one = (2 * (N - 1) - 1) * (1 + link.handshake)  # the steps of an all-reduce wait for each other
         link.sleep_until(link.receive(n_bytes, left.item() + one_by_one * link.latency))
@@ -286,8 +315,9 @@ def broadcast(tensors, ring):
     """Replace tensors on all ranks of the run by those of the first."""
     if dist.is_initialized():
         n_bytes = sum(t.nbytes for t in tensors)
-        for t in tensors:
-            dist.broadcast(t.detach(), 0)
+        with waiting('rank 0', 'the broadcast of the bases'):
+            for t in tensors:
+                dist.broadcast(t.detach(), 0)
         ring.meter.count('sync', n_bytes, n_bytes)
         link = ring.link
         link.sleep_until(link.receive(n_bytes, link.send(n_bytes, link.clock())))

@@ -7,8 +7,12 @@ import itertools
 import json
 import os
 import re
+import resource
+import signal
+import socket
 import subprocess
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +29,10 @@ import ring as ring_module
 import train
 from mos_cp import GPT, GPTConfig
 from ring import Link, Ring, attend, average, depart, same, visible, zigzag
+
+
+FORKS = mp.get_context('forkserver')  # processes that need not import torch again
+FORKS.set_forkserver_preload([__name__])
 
 
 def relative_error(a, b):
@@ -451,7 +459,7 @@ def check_results(tmp_path_factory):
     def results(world_size):
         if world_size not in cache:
             folder = tmp_path_factory.mktemp(f'world{world_size}')
-            mp.spawn(run_checks, (world_size, str(folder)), nprocs=world_size)
+            mp.start_processes(run_checks, (world_size, str(folder)), nprocs=world_size, start_method='forkserver')
             cache[world_size] = [json.loads((folder / f'{r}.json').read_text()) for r in range(world_size)]
         return cache[world_size]
     return results
@@ -832,9 +840,10 @@ def small_run(out_dir, *argv):
     return train.main([*SMALL, f'--out_dir={out_dir}', *argv])
 
 
-def torchrun(n, out_dir, *argv, script='train.py'):
-    """torchrun train.py -> the log's records."""
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', script, *SMALL,
+def torchrun(n, out_dir, *argv, script=None):
+    """torchrun train.py, or a function of this file -> the log's records."""
+    script = [__file__, script] if script else ['train.py']
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *script, *SMALL,
                            f'--out_dir={out_dir}', '--timeout_s=60', *argv], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in Path(out_dir, 'log.jsonl').read_text().splitlines()]
@@ -860,7 +869,7 @@ def test_log_and_falling_loss(reference_run):
     assert records == reference_run[1]['records']
     assert [r['iter'] for r in records] == list(range(13)) and [r['iter'] for r in records if 'val_loss' in r] == [0, 6, 12]
     assert set(records[1]) == {'iter', 'loss', 'lr', 'grad_norm', 'tokens', 'seconds', 'sent_fwd', 'sent_bwd', 'received_fwd',
-                               'received_bwd', 'sent_sync', 'received_sync', 'compression'}
+                               'received_bwd', 'sent_sync', 'received_sync', 'compression', 'skipped'}
     assert records[11]['loss'] < records[0]['loss'] - 0.5 and records[11]['tokens'] == 12 * 4 * 128
 
 
@@ -983,7 +992,7 @@ def test_weights_averaged_every_few_steps(reference_run, tmp_path):
     """
     # the checkpoint falls on the end of the warm start
     argv = ['--sync_every=4', '--warm_start=6', '--outer_momentum=0.1', '--sync_basis_every=1']
-    records = torchrun(2, tmp_path / 'whole', *argv, script=__file__)
+    records = torchrun(2, tmp_path / 'whole', *argv, script='measure_drift')
     expected = reference_run[1]['records']
     assert records[0]['loss'] == pytest.approx(expected[0]['loss'], rel=1e-9)
     assert records[2]['loss'] != pytest.approx(expected[2]['loss'], rel=1e-9)
@@ -991,10 +1000,7 @@ def test_weights_averaged_every_few_steps(reference_run, tmp_path):
     drift = json.loads((tmp_path / 'whole' / 'drift.json').read_text())
     assert len(drift) == 4 and max(weights for _, weights in drift) > 1e-5
     assert drift[2][0] > 0 and all(basis < weights for basis, weights in drift), drift
-    (tmp_path / 'parts').mkdir()
-    for name in ('ckpt', 'ckpt_rank0', 'ckpt_rank1'):
-        (tmp_path / 'whole' / f'{name}_6.pt').rename(tmp_path / 'parts' / f'{name}.pt')
-    resumed = torchrun(2, tmp_path / 'parts', *argv, '--init_from=resume')
+    resumed = torchrun(2, tmp_path / 'whole' / 'at_6', *argv, '--init_from=resume')
     assert resumed[-1]['val_loss'] == records[-1]['val_loss']
     evaluated = small_run(tmp_path / 'whole', '--warm_start=6', '--init_from=resume', '--eval_only')
     assert evaluated['val_loss'] == pytest.approx(records[-1]['val_loss'], rel=1e-9)
@@ -1006,25 +1012,25 @@ def test_syncs_and_resuming(tmp_path):
     The rounding of gradients is random, but the same after resuming.
     """
     argv = '--sync_every=4', '--sync_basis_every=2', '--sync_dtype=bf16', '--wire_dtype=int8'
-    records = torchrun(2, tmp_path, *argv, script=__file__)
+    records = torchrun(2, tmp_path, *argv, script='measure_drift')
     model = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['model']
     bases = 8 * sum(t.numel() for name, t in model.items() if 'compressor' in name)
     weights = 2 * sum(t.numel() for name, t in model.items() if 'compressor' not in name)
     expected = [bases if i % 4 == 2 else bases + weights if i % 4 == 0 else 0 for i in range(1, 13)]
     expected[3] += bases + weights + 2 * 64 * 64 * 8 + bases  # the end of the warm start, with moments and new bases
     expected[6] += bases + weights  # before validation
-    assert bases == 2 * 64 * 6 * 8 and [r['received_sync'] for r in records[:-1]] == expected
-    assert records[0]['sent_sync'] == 0 and records[1]['sent_sync'] == bases  # each half once in each direction
+    status = 16  # two numbers an iteration
+    assert bases == 2 * 64 * 6 * 8 and [r['received_sync'] - status for r in records[:-1]] == expected
+    assert records[0]['sent_sync'] == status and records[1]['sent_sync'] == bases + status  # each half once in each direction
     evaluated = small_run(tmp_path, '--wire_dtype=int8', '--init_from=resume', '--eval_only')  # all ranks had the same model
     assert evaluated['val_loss'] == pytest.approx(records[-1]['val_loss'], rel=1e-9)
-    for name in ('ckpt', 'ckpt_rank0', 'ckpt_rank1'):
-        (tmp_path / f'{name}_6.pt').rename(tmp_path / f'{name}.pt')
-    assert torchrun(2, tmp_path, *argv, '--init_from=resume')[-1]['val_loss'] == records[-1]['val_loss']
+    assert sorted(path.name for path in tmp_path.glob('*.pt')) == ['ckpt.pt', 'ckpt_rank0.12.pt', 'ckpt_rank1.12.pt']
+    assert torchrun(2, tmp_path / 'at_6', *argv, '--init_from=resume')[-1]['val_loss'] == records[-1]['val_loss']
 
 
 def measure_drift(argv):
     """
-    Run train.py, keep every checkpoint, and note, whenever all weights are averaged, how far the ranks' bases and other
+    Run train.py, keep the checkpoint of iteration 6, and note, whenever all weights are averaged, how far the ranks' bases and other
     weights were apart.
     """
     average, save_checkpoint, drift, models = train.average, train.save_checkpoint, [], []
@@ -1045,12 +1051,17 @@ def measure_drift(argv):
             drift.append((apart[True], apart[False]))
         average(tensors, ring)
     train.average, train.GPT = noting, NotedGPT
-    train.save_checkpoint = lambda path, checkpoint: [
-        save_checkpoint(p, checkpoint) for p in (path, path.with_name(f'{path.stem}_{checkpoint["iter_num"]}.pt'))]
+    out_dir = Path(next(a for a in argv if a.startswith('--out_dir=')).split('=')[1])
+    (out_dir / 'at_6').mkdir(parents=True, exist_ok=True)
+
+    def keeping(path, checkpoint):
+        if path.name.endswith('.6.pt') or checkpoint.get('iter_num') == 6:
+            save_checkpoint(out_dir / 'at_6' / path.name, checkpoint)
+        return save_checkpoint(path, checkpoint)
+    train.save_checkpoint = keeping
     train.main(argv)
     if os.environ['RANK'] == '0':
-        out_dir = next(a for a in argv if a.startswith('--out_dir=')).split('=')[1]
-        Path(out_dir, 'drift.json').write_text(json.dumps(drift))
+        (out_dir / 'drift.json').write_text(json.dumps(drift))
 
 
 def test_outer_step(reference_run, tmp_path):
@@ -1176,5 +1187,306 @@ def test_readers(tmp_path):
     assert train_set > 5 * val_set > 1e6
 
 
-if __name__ == '__main__':  # one rank of test_weights_averaged_every_few_steps
-    measure_drift(sys.argv[1:])
+# -----------------------------------------------------------------------------
+# Nothing is lost
+
+def run_rank(rank, world_size, port, folder, argv, sabotage):
+    """train.py as one rank, without torchrun. What it says goes to folder/RANK.txt."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+                      MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    output = os.open(folder / f'{rank}.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for fd in (1, 2):
+        os.dup2(output, fd)
+    torch.set_num_threads(1)
+    if sabotage:
+        sabotage[0](rank, *sabotage[1:])
+    train.main([f'--out_dir={folder}', *argv])
+
+
+def start_ranks(world_size, folder, *argv, sabotage=None):
+    """Processes of `run_rank`, with sabotage = (function, *arguments) called first, as function(rank, *arguments)."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    ranks = [FORKS.Process(target=run_rank, args=(r, world_size, port, folder, argv, sabotage)) for r in range(world_size)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def end_ranks(ranks, folder):
+    """-> [(exit code, what it said) of each rank]; one that still runs after a minute is killed: None."""
+    until = time.monotonic() + 60
+    for process in ranks:
+        process.join(max(0, until - time.monotonic()))
+        if process.exitcode is None:
+            process.kill()
+    return [(process.exitcode, (folder / f'{rank}.txt').read_text()) for rank, process in enumerate(ranks)]
+
+
+def losses(folder):
+    return {r['iter']: r['loss'] for r in map(json.loads, (folder / 'log.jsonl').read_text().splitlines()) if 'loss' in r}
+
+
+def end_at(rank, victim, function, call, how):
+    """Makes `victim` end in the n-th call of a function (owner, name) whose arguments contain `mark`, by signal or exit code `how`."""
+    if rank != victim:
+        return
+    owner, name, mark = function
+    owner, n_calls = {'Ring': Ring, 'train': train}[owner], itertools.count(1)
+    original = getattr(owner, name)
+
+    def ending(*args, **kwargs):
+        if (mark is None or mark in args) and next(n_calls) == call:
+            if how == 'exit':
+                os._exit(7)
+            os.kill(os.getpid(), how)
+        return original(*args, **kwargs)
+    setattr(owner, name, ending)
+
+
+def test_a_dead_peer_ends_all(tmp_path):
+    """Exit, SIGKILL and SIGSTOP, in forward, backward and the sync of weights: the others say whom they waited for, in what."""
+    cases = {'forward exchange': (2, ('Ring', 'exchange', 'fwd'), 40, 'exit'),
+             'backward exchange': (1, ('Ring', 'exchange', 'bwd'), 40, signal.SIGKILL),
+             'average of gradients or weights': (0, ('train', 'average', None), 7, signal.SIGSTOP)}
+    running = {}
+    for i, (where, (victim, *rest)) in enumerate(cases.items()):
+        argv = [*SMALL, '--timeout_s=5', '--block_size=96', '--n_chunks=6', '--eval_interval=3', *(['--sync_every=2'] if i == 2 else [])]
+        folder = tmp_path / str(i)
+        running[where] = victim, folder, start_ranks(3, folder, *argv, sabotage=(end_at, victim, *rest))
+    for where, (victim, folder, ranks) in running.items():
+        stopped = cases[where][-1] == signal.SIGSTOP
+        others = [p for r, p in enumerate(ranks) if r != victim]
+        for process in others:
+            process.join(60)
+        if stopped:
+            assert ranks[victim].exitcode is None
+            ranks[victim].kill()
+        for rank, (code, said) in enumerate(end_ranks(ranks, folder)):
+            if rank != victim:
+                line = said.splitlines()[-1]
+                assert code == 1 and re.search(f'rank {rank} waited for .* in .*{where} and gave up: .*; nothing was heard from rank '
+                                               f'.*{victim}.* since$', line), said
+        assert not list(folder.glob('*.tmp'))
+        if (folder / 'ckpt.pt').exists():
+            train.load_checkpoint(folder / 'ckpt.pt')
+
+
+def test_resume_after_a_kill_is_bit_equal(tmp_path):
+    """kill -9 of a rank, then --init_from=auto: the losses that follow are those of a run that nobody killed. Syncs and all."""
+    argv = [*SMALL, '--sync_every=4', '--sync_dtype=bf16', '--outer_momentum=0.3', '--wire_dtype=int8', '--eval_interval=3', '--init_from=auto']
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    end_ranks(start_ranks(2, whole, *argv), whole)
+    codes = [code for code, _ in end_ranks(start_ranks(
+        2, killed, '--timeout_s=5', *argv, sabotage=(end_at, 1, ('Ring', 'exchange', 'bwd'), 92, signal.SIGKILL)), killed)]
+    assert codes == [1, -signal.SIGKILL] and max(losses(killed)) < 11 and (killed / 'ckpt.pt').exists()
+    assert train.load_checkpoint(killed / 'ckpt.pt')['iter_num'] in (6, 9)
+    assert [code for code, _ in end_ranks(start_ranks(2, killed, *argv), killed)] == [0, 0]
+    assert losses(killed) == losses(whole) and len(losses(whole)) == 12
+
+
+def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
+    """The script of this file, as torchrun runs it, is killed once at iteration 8."""
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=3',
+                           __file__, 'die_once', *SMALL, f'--out_dir={tmp_path}', '--init_from=auto'], cwd=Path(__file__).parent,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / 'died').exists(), done.stdout + done.stderr
+    assert sorted(losses(tmp_path)) == list(range(12))
+    assert done.stdout.count('iter 7: loss') == 2 and done.stdout.count('iter 5: loss') == 1  # it went on from iteration 6
+
+
+def die_once(argv):
+    """Run train.py; rank 1 kills itself at iteration 8, the first time."""
+    died, learning_rate = Path(next(a for a in argv if a.startswith('--out_dir=')).split('=')[1]) / 'died', train.learning_rate
+
+    def dying(it, c):
+        if it == 8 and os.environ['RANK'] == '1' and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return learning_rate(it, c)
+    train.learning_rate = dying
+    train.main(argv)
+
+
+def interrupt(rank):
+    """Ctrl-C for rank 1 alone, in iteration 7."""
+    learning_rate = train.learning_rate
+    train.learning_rate = lambda it, c: (it == 7 and rank == 1 and os.kill(os.getpid(), signal.SIGINT), learning_rate(it, c))[1]
+
+
+def test_ctrl_c_saves_and_ends_all(tmp_path):
+    folder = tmp_path / 'run'
+    for code, said in end_ranks(start_ranks(2, folder, *SMALL, sabotage=(interrupt,)), folder):
+        assert code == 130, said
+    assert train.load_checkpoint(folder / 'ckpt.pt')['iter_num'] == 8 and max(losses(folder)) == 7
+    assert [code for code, _ in end_ranks(start_ranks(2, folder, *SMALL, '--init_from=auto'), folder)] == [0, 0]
+    whole = tmp_path / 'whole'
+    end_ranks(start_ranks(2, whole, *SMALL), whole)
+    assert losses(folder) == losses(whole)
+
+
+def lose_a_step(rank, iterations):
+    """Rank 1's gradient is not finite in some iterations."""
+    learning_rate, get_total_norm, now = train.learning_rate, torch.nn.utils.get_total_norm, []
+    average = train.average
+
+    def spoil(tensors):
+        if now[-1] in iterations and rank == 1:
+            tensors[0].fill_(float('inf'))
+    train.learning_rate = lambda it, c: (now.append(it), learning_rate(it, c))[1]
+    train.average = lambda tensors, ring: (spoil(tensors) if now and len(tensors) > 10 else None, average(tensors, ring))[1]
+    torch.nn.utils.get_total_norm = lambda grads: (spoil(grads), get_total_norm(grads))[1]
+
+
+@pytest.mark.parametrize('sync_every', (1, 20))
+def test_steps_that_are_not_finite_are_skipped_by_all(tmp_path, sync_every):
+    """Rank 1 alone has an infinite gradient in iterations 4 and 5; three in a row would be too many."""
+    argv = *SMALL, f'--sync_every={sync_every}', '--max_skipped=3', '--eval_interval=12'
+    folder = tmp_path / 'two'
+    for code, said in end_ranks(start_ranks(2, folder, *argv, sabotage=(lose_a_step, (4, 5))), folder):
+        assert code == 0, said
+    records = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    assert [r['skipped'] for r in records[:12]] == [0] * 4 + [1] + [2] * 7 and np.isfinite(records[-1]['val_loss'])
+    ranks = start_ranks(2, tmp_path / 'three', *argv, '--eval_interval=3', sabotage=(lose_a_step, range(4, 9)))
+    for rank, (code, said) in enumerate(end_ranks(ranks, tmp_path / 'three')):
+        assert code == 1 and (rank or 'no finite loss and gradient in 3 steps' in said), said
+    assert train.load_checkpoint(tmp_path / 'three' / 'ckpt.pt')['iter_num'] in (3, 6)
+
+
+def differ(rank, what):
+    if rank == 1 and what == 'torch':
+        torch.__version__ = '0.0'
+    if rank == 1 and what == 'flag':
+        parse = train.parse_config
+        train.parse_config = lambda argv: parse([*argv, '--seed=2'])
+    if rank == 1 and what == 'data':
+        load_data = train.load_data
+        train.load_data = lambda *args: [[np.flip(s) for s in part] for part in load_data(*args)]
+
+
+@pytest.mark.parametrize('what, message', (('torch', r'rank 1 has torch 0\.0, and rank 0 has'), ('data', 'rank 1 has training data with checksum'),
+                                           ('flag', 'rank 1 has --seed 2, and rank 0 has 1337: they must be the same')))
+def test_ranks_that_disagree_are_named(tmp_path, what, message):
+    for rank, (code, said) in enumerate(end_ranks(start_ranks(2, tmp_path, *SMALL, sabotage=(differ, what)), tmp_path)):
+        assert code == 1 and (rank or re.search(message, said)), said
+    assert not (tmp_path / 'log.jsonl').exists()
+
+
+def save_for_ever(path):
+    for i in itertools.count():
+        train.save_checkpoint(path, {**dict.fromkeys(train.CHECKPOINT), 'model': torch.full((200_000,), i), 'iter_num': i})
+
+
+def test_killed_while_saving(tmp_path):
+    """50 times, at random moments: there is always one whole checkpoint, and never an older one than before."""
+    path, rng, newest = tmp_path / 'ckpt.pt', np.random.default_rng(0), -1
+    for _ in range(50):
+        process = FORKS.Process(target=save_for_ever, args=(path,))
+        process.start()
+        seen = newest
+        while not path.exists() or process.is_alive() and seen == newest and train.load_checkpoint(path)['iter_num'] == newest:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        checkpoint = train.load_checkpoint(path)
+        assert (checkpoint['model'] == checkpoint['iter_num']).all()
+        path.unlink()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, capfd):
+    small_run(tmp_path, '--max_iters=6')
+    before, (soft, hard) = (tmp_path / 'ckpt.pt').read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # Python ignores the signal: writing more fails
+    try:
+        result = small_run(tmp_path, '--init_from=resume', '--max_iters=12')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result['iter_num'] == 12 and (tmp_path / 'ckpt.pt').read_bytes() == before and not list(tmp_path.glob('*.tmp'))
+    assert re.search('could not write .*ckpt.pt .*; the checkpoint before it is untouched', capfd.readouterr().err)
+
+
+def test_bad_checkpoints_are_refused(reference_run, tmp_path):
+    whole, path = (reference_run[0] / 'ckpt.pt').read_bytes(), tmp_path / 'ckpt.pt'
+    checkpoint = torch.load(reference_run[0] / 'ckpt.pt', weights_only=True)
+
+    def refused(message):
+        with pytest.raises(SystemExit, match=message):
+            small_run(tmp_path, '--init_from=auto')
+    for content in (whole[:len(whole) // 2], b'', b'something else'):
+        path.write_bytes(content)
+        refused('ckpt.pt is damaged or not a checkpoint')
+    torch.save(Path('code that must not run'), path)
+    refused('ckpt.pt is damaged or not a checkpoint')
+    for other in (torch.ones(3), {'model': {}}):
+        torch.save(other, path)
+        refused('ckpt.pt is not a checkpoint of this code')
+    wrong = dict(checkpoint['model'], **{'wte.weight': torch.ones(256, 16)})
+    for change in ({'model': wrong}, {'model': {}}, {'optimizer': {}}, {'optimizer': {'state': {}, 'param_groups': []}}):
+        torch.save({**checkpoint, **change}, path)
+        refused('ckpt.pt does not fit the model')
+
+
+# -- fuzz: any configuration trains as on one process, or is refused before anything is sent
+
+def random_configuration(rng):
+    """-> (world size, flags): small, mostly possible."""
+    def one(*choices):
+        return choices[rng.integers(len(choices))]
+    world_size = int(one(1, 2, 2, 3, 4, 4))
+    flags = dict(n_layer=one(1, 2, 3), n_head=one(1, 2, 4), n_embd=one(16, 32), n_chunks=one(2, 4, 6, 8, 12, 16, 24), send=one(
+        'full', 'local', 'topk', 'subspace', 'subspace', 'subspace', 'subspace'), cp=one(0, 0, 0, 1, 2), warm_start=one(0, 0, 1),
+        batch_size=one(1, 2), gradient_accumulation_steps=one(1, 2, 4, 12), sync_every=one(1, 1, 1, 2), recompute=one(True, False),
+        data=one('stdlib', 'needle'), grad_clip=one(0.0, 1.0), link_mbps=one(0.0, 0.0, 1000.0), latency_ms=one(0.0, 0.0, 1.0))
+    flags['block_size'] = flags['n_chunks'] * one(1, 2, 3, 5)
+    if one(True, False):
+        flags['n_kv_head'] = one(1, 2)
+    for name, choices in {
+            'wire_dtype': ('compute', 'bf16', 'int8', 'int4'), 'grad_wire_dtype': ('compute', 'compute', 'int8', 'int4'), 'exact_local': (True, False),
+            'joint_kv': (True, False), 'basis': ('fixed', 'rotated', 'learned'), 'rank_k': (0.01, 0.1, 1.0), 'rank_v': (0.05, 0.3, 1.0),
+            'generator': ('frobenius', 'spectral', 'principal'), 'n_generators': (1, 2), 'exp': ('taylor', 'exact'), 'theta_clip': (0.0, 0.5),
+            'topk': (0.05, 0.5, 1.0), 'interleave': (True, False), 'compress_last': (True, False), 'warm_basis': ('activations', 'weights'),
+            'unplug_at': (0, 1), 'sync_basis_every': (0, 1), 'sync_dtype': ('param', 'bf16'), 'outer_momentum': (0.0, 0.5), 'basis_lr': (0.1, 1.0)}.items():
+        if rng.random() < 0.3:
+            flags[name] = one(*choices)
+    for name in list(flags):  # what would do nothing is refused; that is tested apart
+        if any(flags.get(flag, {'send': 'subspace', 'basis': 'learned', 'plan': False}.get(flag)) not in values
+               for flag, values in train.NEEDS.get(name, {}).items()):
+            del flags[name]
+    return world_size, [f'--{name}={value}' for name, value in flags.items()]
+
+
+def fuzz(seed, folder):
+    """One random configuration, on its number of ranks and on one -> 'trained' or 'refused'. Raises AssertionError if it did neither."""
+    world_size, flags = random_configuration(np.random.default_rng(seed))
+    argv = ['--dtype=float64', '--max_iters=2', '--eval_iters=2', '--log_interval=1', '--sample_tokens=0', '--timeout_s=30', *flags]
+    ranks = start_ranks(world_size, folder / 'many', *argv)
+    try:
+        train.main([*(a for a in argv if not a.startswith('--cp')), f'--out_dir={folder / "one"}'])
+        alone = losses(folder / 'one')
+    except SystemExit as e:
+        alone = str(e)
+    ended, what = end_ranks(ranks, folder / 'many'), f'seed {seed}: {world_size} ranks, {" ".join(flags)}'
+    if any(code for code, _ in ended):
+        for rank, (code, said) in enumerate(ended):
+            assert code == 1 and 'Traceback' not in said and (rank or 'train.py: ' in said), (what, said)
+        assert not (folder / 'many' / 'log.jsonl').exists(), what  # before anything was sent
+        return 'refused'
+    assert isinstance(alone, dict), (what, alone)
+    found = losses(folder / 'many')
+    gradient = next((f.split('=')[1] for f in flags if f.startswith('--grad_wire')), None) or next(
+        (f.split('=')[1] for f in flags if f.startswith('--wire_dtype')), 'int8' if '--send=subspace' in flags else 'compute')
+    exact = '--sync_every=1' in flags and gradient == 'compute'  # after the first step as well as before it
+    assert found[0] == pytest.approx(alone[0], rel=1e-9) and found[1] == pytest.approx(alone[1], rel=1e-9 if exact else 0.05), what
+    return 'trained'
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_fuzz(seed, tmp_path):
+    fuzz(seed, tmp_path)
+
+
+if __name__ == '__main__':  # one rank of a test that needs torchrun
+    {'measure_drift': measure_drift, 'die_once': die_once}[sys.argv[1]](sys.argv[2:])

@@ -15,10 +15,13 @@ import glob
 import json
 import math
 import os
+import signal
 import sys
 import sysconfig
 import textwrap
+import threading
 import time
+import zlib
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +33,7 @@ from tqdm import tqdm
 
 import kernels
 from mos_cp import CHOICES, GPT, GPTConfig
-from ring import Link, Ring, average, broadcast, zigzag
+from ring import Link, PeerError, Ring, average, broadcast, sum_over_ranks, waiting, zigzag
 
 # -----------------------------------------------------------------------------
 # Configuration: (flag, default, meaning). The default's type is the flag's type.
@@ -43,7 +46,7 @@ FLAGS = [
                        'of memory, see needle_batch)'),
     ('val_data', '', 'validation data, same forms; empty: the last tenth of each file of --data'),
     ('out_dir', 'out', 'where ckpt.pt and log.jsonl go'),
-    ('init_from', 'scratch', 'scratch, or resume: continue from out_dir/ckpt.pt'),
+    ('init_from', 'scratch', 'scratch, resume: continue from out_dir/ckpt.pt, or auto: resume if there is one'),
     ('log_interval', 10, 'iterations between log lines'),
     ('eval_interval', 125, 'iterations between validations, each followed by a checkpoint'),
     ('eval_iters', 8, 'batches per validation'),
@@ -93,6 +96,7 @@ FLAGS = [
     ('beta1', 0.9, "AdamW's beta1"),
     ('beta2', 0.95, "AdamW's beta2"),
     ('grad_clip', 1.0, 'largest norm of the gradient; 0: not clipped'),
+    ('max_skipped', 10, 'steps in a row left out because a loss or gradient is not finite, after which the run stops'),
     ('seed', 1337, 'of weights, data order and sampling'),
     # system
     ('cp', 0, 'ranks that share one sequence; 0: all. The others are data parallel: dp = world size / cp'),
@@ -109,7 +113,7 @@ FLAGS = [
     ('latency_ms', 0.0, 'and that a message takes this long one way besides, in milliseconds (gloo adds its own handshake)'),
     ('plan', False, 'print what crosses the wire, and how long that takes on which link, for --cp ranks (0: 8); no training'),
     ('tflops', 370.0, 'for --plan: what a rank computes, in TFLOP/s; 370: measured, an H100 with the 800m preset'),
-    ('timeout_s', 300, 'seconds after which a rank that waits for a silent peer gives up'),
+    ('timeout_s', 60, 'seconds after which a rank that waits for a silent peer gives up'),
 ]
 
 PRESETS = {
@@ -129,7 +133,7 @@ METHODS = {
                   warm_basis='weights', basis_lr=1.0, sync_every=200),
 }
 
-CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS), 'init_from': ('scratch', 'resume'),
+CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS), 'init_from': ('scratch', 'resume', 'auto'),
            'warm_basis': ('activations', 'weights'), 'sync_dtype': ('param', 'bf16'), 'device': ('auto', 'cpu', 'cuda'),
            'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
@@ -148,7 +152,7 @@ NEEDS = {**dict.fromkeys(('compress_last', 'unplug_at'), {'send': LOSSY}), 'inte
          'link_mbps': {'plan': (False,)}, 'latency_ms': {'plan': (False,)}}
 
 LOWEST = {**dict.fromkeys(('log_interval', 'eval_interval', 'eval_iters', 'batch_size', 'gradient_accumulation_steps',
-                           'sync_every', 'timeout_s'), 1),
+                           'sync_every', 'timeout_s', 'max_skipped'), 1),
           **dict.fromkeys(('cp', 'sync_basis_every', 'warm_start', 'unplug_at', 'max_iters', 'warmup_iters', 'lr_decay_iters', 'vocab_size',
                            'sample_tokens', 'seed', 'grad_clip', 'learning_rate', 'min_lr', 'weight_decay', 'beta1',
                            'beta2', 'link_mbps', 'latency_ms', 'outer_lr', 'outer_momentum', 'tflops', 'basis_lr'), 0)}
@@ -156,6 +160,9 @@ LOWEST = {**dict.fromkeys(('log_interval', 'eval_interval', 'eval_iters', 'batch
 MODEL_FLAGS = [f.name for f in dataclasses.fields(GPTConfig) if f.name in {name for name, _, _ in FLAGS}]
 # What a resumed run takes from its own command line rather than from the checkpoint
 RUN_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'timeout_s', 'link_mbps', 'latency_ms')
+
+CHECKPOINT = ('model', 'optimizer', 'config', 'model_args', 'iter_num', 'best_val_loss', 'seconds', 'outer')  # what it holds
+START_S = 300  # seconds that ranks may start apart: a machine may still be reading its data
 
 
 def fail(message):
@@ -170,6 +177,20 @@ def parse_bool(text):
     if text.lower() not in ('true', 'false', '1', '0'):
         raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
     return text.lower() in ('true', '1')
+
+
+def load_checkpoint(path):
+    """A checkpoint as `save_checkpoint` left it, on the CPU. Exits with a sentence if it is not one."""
+    if not path.exists():
+        fail(f'there is no {path} on this machine to resume from: change --init_from or --out_dir')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:  # whatever a damaged or foreign file makes of it
+        fail(f'{path} is damaged or not a checkpoint ({type(e).__name__}): change --init_from or --out_dir')
+    missing = [key for key in CHECKPOINT if key not in checkpoint] if isinstance(checkpoint, dict) else CHECKPOINT
+    if missing:
+        fail(f'{path} is not a checkpoint of this code, it has no {missing[0]!r}: change --init_from or --out_dir')
+    return checkpoint
 
 
 def parse_config(argv):
@@ -194,18 +215,14 @@ def parse_config(argv):
     config = {name: default for name, default, _ in FLAGS}
     config.update(PRESETS[given.get('preset', config['preset'])])
     config.update(METHODS[given.get('method', config['method'])])
-    if given.get('init_from') == 'resume':
-        path = Path(given.get('out_dir', config['out_dir'])) / 'ckpt.pt'
-        if not path.exists():
-            fail(f'--init_from=resume: there is no {path} on this machine')
-        try:
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        except Exception as e:  # whatever a damaged or foreign file makes of it
-            fail(f'--init_from=resume: {path} is not a checkpoint ({type(e).__name__})')
+    path = Path(given.get('out_dir', config['out_dir'])) / 'ckpt.pt'
+    how = given.get('init_from', config['init_from'])
+    if how == 'resume' or how == 'auto' and path.exists():
+        checkpoint = load_checkpoint(path)
         saved = {k: v for k, v in checkpoint['config'].items() if k not in RUN_FLAGS}
         older = [name for name in MODEL_FLAGS if name not in saved]
         if older:
-            fail(f'--init_from=resume: {path} is of an older version of this code, which had no --{older[0]}')
+            fail(f'--init_from={how}: {path} is of an older version of this code, which had no --{older[0]}')
         for name in (*MODEL_FLAGS, 'preset', 'method'):
             if given.get(name, saved[name]) != saved[name]:
                 fail(f'--{name}={given[name]} differs from the checkpoint, which has {saved[name]}')
@@ -432,7 +449,7 @@ def plan(c):
 
 
 # -----------------------------------------------------------------------------
-# The run
+# Parts of a run
 
 def pick_device(wanted, local_rank, local_world_size):
     """-> (torch.device, note or None). Exits if --device=cuda cannot be had."""
@@ -467,14 +484,101 @@ def load_optimizer(optimizer, state):
 
 
 def save_checkpoint(path, checkpoint):
-    """Written beside the old one and renamed: there is a whole checkpoint at every moment."""
+    """
+    Written beside the old one and renamed: there is a whole checkpoint at every moment. Returns whether it worked; a full
+    disk is said, and does not end the run.
+    """
     temporary = path.with_suffix('.tmp')
-    torch.save(checkpoint, temporary)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        return True
+    except (OSError, RuntimeError) as e:  # torch has its own words for a disk that is full
+        temporary.unlink(missing_ok=True)
+        print(f'train.py: could not write {path} ({str(e).splitlines()[0]}); the checkpoint before it is untouched', file=sys.stderr)
+        return False
 
+
+# -----------------------------------------------------------------------------
+# The other ranks
+
+def fingerprint(shards):
+    """A number that differs if the data does."""
+    crc = 0
+    for s in shards:
+        crc = zlib.crc32(np.ascontiguousarray(s), zlib.crc32(f'{len(s)} {s.dtype}'.encode(), crc))
+    return crc
+
+
+def agree(store, rank, world_size, facts):
+    """
+    Every rank must have the same `facts` {name: value}, or a run would go wrong in silence. Compared through the store,
+    before there is any group. Exits with a sentence that names the first rank that differs, and in what.
+    """
+    try:
+        store.set(f'facts/{rank}', json.dumps(facts))
+        everyone = [json.loads(store.get(f'facts/{other}')) for other in range(world_size)]
+        store.add('read', 1)
+        while rank == 0 and store.add('read', 0) < world_size:  # rank 0 may be the one that keeps the store
+            time.sleep(0.01)
+    except RuntimeError as e:
+        fail(f'rank {rank} did not hear from all {world_size} ranks at the start: {str(e).splitlines()[0]}')
+    for other, theirs in enumerate(everyone):
+        for name, value in theirs.items():
+            if value != everyone[0][name]:
+                fail(f'rank {other} has {name} {value}, and rank 0 has {everyone[0][name]}: they must be the same')
+
+
+def silent_ranks(rank, world_size, patience=3.0):
+    """
+    Ranks that do not say within `patience` seconds, through the store, that they too have given up waiting: those that are
+    gone or stuck. (Whom a rank waited for need not be: it may itself have been waiting.)
+    """
+    others = set(range(world_size)) - {rank}
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
+    try:
+        store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), wait_for_workers=False,
+                              timeout=timedelta(seconds=patience))
+        store.set(f'gave up/{attempt}/{rank}', '')
+        until = time.monotonic() + patience
+        while len(others) > 1 and time.monotonic() < until:
+            others -= {r for r in others if store.check([f'gave up/{attempt}/{r}'])}
+            time.sleep(0.05)
+    except RuntimeError:
+        return [0]  # without torchrun it is rank 0 that keeps the store
+    return sorted(others)
+
+
+# -----------------------------------------------------------------------------
+# The run
 
 def main(argv=None):
-    """One training run. Returns a dict: iter_num, loss, val_loss, the log's records."""
+    """One training run. Returns a dict: iter_num, loss, val_loss, the log's records. Exits with 130 after Ctrl-C."""
+    interrupted, before = [], signal.getsignal(signal.SIGINT)
+
+    def note_interrupt(*_):
+        interrupted.append(True)
+        print('train.py: interrupted; this iteration is finished and saved first (once more: stop at once)', file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, before)  # the second Ctrl-C ends it at once
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, note_interrupt)
+    try:
+        return run(argv, interrupted)
+    except PeerError as e:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        silent = ' and '.join(map(str, silent_ranks(rank, world_size)))
+        print(f'train.py: {e}; nothing was heard from rank {silent} since', file=sys.stderr, flush=True)
+        time.sleep(1)  # for the others to read the store
+        os._exit(1)  # taking down groups whose members are gone can hang
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run(argv, interrupted):
+    """All of `main`. interrupted: a list that is no longer empty once Ctrl-C was pressed."""
     c, checkpoint = parse_config(sys.argv[1:] if argv is None else argv)
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     local_rank, local_world_size = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
@@ -508,8 +612,12 @@ def main(argv=None):
         zigzag(config.n_chunks, cp, 0)
         if master or c.sync_every > 1:
             out_dir.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as e:
+            if not os.access(out_dir, os.W_OK):
+                raise ValueError(f'out_dir ({out_dir}) cannot be written: change --out_dir')
+    except ValueError as e:
         fail(e)
+    except OSError as e:
+        fail(f'{e.filename} cannot be read or made ({e.strerror}): change --data, --val_data or --out_dir')
     c.n_kv_head, c.n_ff = config.n_kv_head, config.n_ff  # 0 stands for a default
     device, note = pick_device(c.device, local_rank, local_world_size)
     default = 'bfloat16' if device.type == 'cuda' else 'float32'
@@ -519,13 +627,19 @@ def main(argv=None):
     link = Link(c.link_mbps, c.latency_ms, handshake=device.type == 'cpu')  # of gloo
     ring, dp_rank = Ring(link=link), 0
     if world_size > 1:
-        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        timeout, backend = timedelta(seconds=c.timeout_s), 'nccl' if device.type == 'cuda' else 'gloo'
+        store, _, _ = next(dist.rendezvous('env://', timeout=timedelta(seconds=START_S)))
+        facts = {f'--{name}': getattr(c, name) for name, _, _ in FLAGS if name not in ('out_dir', 'data', 'val_data')}
+        agree(store, rank, world_size, {
+            'torch': torch.__version__, 'WORLD_SIZE': world_size, 'device': device.type, **facts, 'a checkpoint of iteration':
+            checkpoint and checkpoint['iter_num'], **({} if c.data == 'needle' else {
+                'training data with checksum': fingerprint(train_data), 'validation data with checksum': fingerprint(val_data)})})
         if link.dialled and backend == 'nccl':
             backend = 'cpu:gloo,cuda:nccl'  # the dialled link keeps its books on the CPU
-        dist.init_process_group(backend, timeout=timedelta(seconds=c.timeout_s),
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout,
                                 device_id=device if device.type == 'cuda' else None)
-        mesh = dist.init_device_mesh(device.type, (dp, cp), mesh_dim_names=('dp', 'cp'))
-        ring, dp_rank = Ring(mesh['cp'].get_group(), link), mesh['dp'].get_local_rank()
+        group, _ = dist.new_subgroups(cp, timeout=timeout)
+        ring, dp_rank = Ring(group, link), rank // cp
 
     # -- model and optimizer
     torch.manual_seed(c.seed)
@@ -536,13 +650,18 @@ def main(argv=None):
                                                c.basis_lr)
     iter_num, best_val_loss, seconds = 0, float('inf'), 0.0
     if checkpoint:
-        raw_model.load_state_dict(checkpoint['model'])
-        load_optimizer(optimizer, checkpoint['optimizer'])
+        try:
+            raw_model.load_state_dict(checkpoint['model'])
+            load_optimizer(optimizer, checkpoint['optimizer'])
+        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as e:
+            fail(f'{out_dir / "ckpt.pt"} does not fit the model that its own flags describe ({str(e).split(":")[0]}): '
+                 'change --init_from or --out_dir')
         iter_num, best_val_loss, seconds = (checkpoint[k] for k in ('iter_num', 'best_val_loss', 'seconds'))
 
     if world_size > 1:  # before the run proper: neither counted nor delayed
-        for tensor in raw_model.state_dict().values():
-            dist.broadcast(tensor, 0)
+        with waiting('rank 0', 'the broadcast of the weights'):
+            for tensor in raw_model.state_dict().values():
+                dist.broadcast(tensor, 0)
     model = raw_model
     if c.compile:
         kernels.fuse()
@@ -552,15 +671,16 @@ def main(argv=None):
     weights = [p for name, p in raw_model.named_parameters() if 'compressor' not in name]
     anchors = [p.detach().clone() for p in weights] if c.sync_every > 1 else []  # the weights after the last sync
     outer = torch.optim.SGD(anchors, c.outer_lr, c.outer_momentum, nesterov=c.outer_momentum > 0) if anchors else None
-    own_path = out_dir / f'ckpt_rank{rank}.pt'  # with sync_every > 1 every rank's AdamW has its own moments
+    own_files = f'ckpt_rank{rank}.{{}}.pt'  # with sync_every > 1 every rank's AdamW has its own moments; {}: iter_num
     if checkpoint and outer:
         if checkpoint['outer']:
             load_optimizer(outer, checkpoint['outer'])
+        own_path = out_dir / own_files.format(iter_num)
         own = torch.load(own_path, map_location='cpu', weights_only=True) if own_path.exists() else {}
-        if (own.get('iter_num'), own.get('world_size')) == (iter_num, world_size):
+        if own.get('world_size') == world_size:
             load_optimizer(optimizer, own['optimizer'])
         elif rank:
-            print(f"rank {rank}: {own_path} is missing or of another moment; going on with rank 0's AdamW moments", flush=True)
+            print(f"rank {rank}: {own_path} is missing or of another world size; going on with rank 0's AdamW moments", flush=True)
     checkpoint = None  # frees its memory
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
@@ -587,7 +707,7 @@ def main(argv=None):
         """Sum of losses and number of terms on this rank -> the mean over all ranks."""
         sums = torch.tensor([float(total), count], dtype=torch.float64, device=device)
         if world_size > 1:
-            dist.all_reduce(sums)
+            sum_over_ranks(sums, 'the average of losses')
         return (sums[0] / sums[1]).item()
 
     @torch.no_grad()
@@ -604,7 +724,7 @@ def main(argv=None):
                 losses = model(x, y, by_token=True)[1]  # (B, T / cp)
             sums[:, mine] += torch.stack((losses.double(), (y != -1).double())).unflatten(2, (len(mine), -1)).sum(dim=(1, 3))
         if world_size > 1:
-            dist.all_reduce(sums)
+            sum_over_ranks(sums, 'validation')
         total, count = sums.sum(dim=1).tolist()
         return total / count, [loss / n if n else None for loss, n in sums.T.tolist()]
 
@@ -636,6 +756,20 @@ def main(argv=None):
         torch._foreach_copy_(weights, anchors)
         average(bases, ring)
 
+    def save():
+        """A checkpoint of this moment, by all ranks or by none: until ckpt.pt is in its place, all that the one before needs stays."""
+        saved = not outer or save_checkpoint(out_dir / own_files.format(iter_num), {
+            'optimizer': optimizer.state_dict(), 'world_size': world_size})
+        saved = mean_over_ranks(saved, 1) == 1
+        if saved and master:
+            saved = save_checkpoint(out_dir / 'ckpt.pt', {
+                'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
+                'model_args': {name: getattr(c, name) for name in MODEL_FLAGS}, 'iter_num': iter_num,
+                'best_val_loss': best_val_loss, 'seconds': seconds, 'outer': outer.state_dict() if outer else None})
+        if outer and mean_over_ranks(saved, 1) == 1:
+            for path in set(out_dir.glob(own_files.format('*'))) - {out_dir / own_files.format(iter_num)}:
+                path.unlink()
+
     def now():
         """Seconds on a clock, once a GPU has done what it was given."""
         if device.type == 'cuda':
@@ -653,13 +787,17 @@ def main(argv=None):
         kept = [line for line in kept if line.endswith('\n')]  # a killed run may have left half a line
         if not c.eval_only:  # what comes after the checkpoint will be written again
             kept = [line for line in kept if json.loads(line)['iter'] < iter_num]
-        log_file = open(log_path, 'w', buffering=1)
-        log_file.writelines(kept)
+        log_path.with_suffix('.tmp').write_text(''.join(kept))
+        os.replace(log_path.with_suffix('.tmp'), log_path)
 
     def write(record):
         records.append(record)
         if master:
-            log_file.write(json.dumps(record) + '\n')
+            try:
+                with open(log_path, 'a') as f:
+                    f.write(json.dumps(record) + '\n')
+            except OSError as e:  # a full disk does not end the run
+                print(f'train.py: could not write {log_path} ({e.strerror})', file=sys.stderr)
 
     if note:
         say(note)
@@ -676,15 +814,20 @@ def main(argv=None):
     peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), 0) * world_size
     received, sent_sync, received_sync, total_sync = 0, 0, 0, 0
     started, timed, loss, val_loss = seconds, (iter_num, seconds), None, None
+    stopping, n_skipped, in_a_row = False, 0, 0
     bar = tqdm(total=c.max_iters, initial=iter_num, disable=not (master and sys.stderr.isatty()))
     while True:
         validating = iter_num % c.eval_interval == 0 or iter_num >= c.max_iters or c.eval_only
         ending_warm_start = iter_num == c.warm_start > 0 and not c.eval_only
         start = time.perf_counter()
         meter.reset()
-        if c.sync_every > 1 and iter_num > last_sync and (validating or ending_warm_start):
+        if c.sync_every > 1 and iter_num > last_sync and (validating or ending_warm_start or stopping):
             sync_weights()  # one model, not one per rank, is analysed, validated and saved
             last_sync = iter_num
+        if stopping:
+            if not in_a_row:
+                save()
+            break
         if ending_warm_start:
             raw_model.set_compression(False)
             start_bases()
@@ -698,15 +841,10 @@ def main(argv=None):
             val_loss, record['val_loss_by_chunk'] = validate()
             record['val_loss'] = val_loss
             say(f'iter {iter_num}: val loss {val_loss:.4f}')
-            best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
-            saving = not c.eval_only and iter_num > first_iter and (best or c.always_save_checkpoint)
-            if saving and outer:
-                save_checkpoint(own_path, {'optimizer': optimizer.state_dict(), 'iter_num': iter_num, 'world_size': world_size})
-            if saving and master:
-                save_checkpoint(out_dir / 'ckpt.pt', {
-                    'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
-                    'model_args': {name: getattr(c, name) for name in MODEL_FLAGS}, 'iter_num': iter_num,
-                    'best_val_loss': best_val_loss, 'seconds': seconds, 'outer': outer.state_dict() if outer else None})
+            best = val_loss < best_val_loss
+            best_val_loss = val_loss if best else best_val_loss
+            if not c.eval_only and iter_num > first_iter and math.isfinite(val_loss) and (best or c.always_save_checkpoint):
+                save()
             start = time.perf_counter()
 
         sent_sync, received_sync = sent_sync + meter.sent_sync, received_sync + meter.received_sync
@@ -728,11 +866,26 @@ def main(argv=None):
             micro_loss.backward()
             loss += micro_loss.detach()
         grads = [p.grad for p in params if p.grad is not None]
+        # what all ranks must know of each: was it interrupted, is its loss or gradient not finite
+        status = torch.stack((torch.tensor(float(len(interrupted)), device=device), 0 * loss)).to(grads[0])
         if c.sync_every == 1:
-            average(grads, ring)
-        grad_norm = torch.nn.utils.get_total_norm(grads)
-        torch.nn.utils.clip_grads_with_norm_(params, c.grad_clip or float('inf'), grad_norm)
-        optimizer.step()
+            average([*grads, status], ring)
+            grad_norm = torch.nn.utils.get_total_norm(grads)
+        else:
+            grad_norm = torch.nn.utils.get_total_norm(grads)
+            status[1] += 0 * grad_norm
+            average([status], ring)
+        stopping, skipping = status[0].item() > 0, not (grad_norm + status[1]).isfinite().item()
+        in_a_row = in_a_row + 1 if skipping else 0
+        if skipping:  # all ranks do, and the data moves on
+            n_skipped += 1
+            say(f'iter {iter_num}: a loss or gradient is not finite, step skipped ({in_a_row} in a row)')
+            if in_a_row == c.max_skipped:
+                fail(f'no finite loss and gradient in {in_a_row} steps, up to iteration {iter_num}; the last checkpoint is from before '
+                     'them: lower --learning_rate or raise --max_skipped')
+        else:
+            torch.nn.utils.clip_grads_with_norm_(params, c.grad_clip or float('inf'), grad_norm)
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         iter_num += 1
         if c.sync_every > 1 and iter_num % c.sync_every == 0:
@@ -755,7 +908,7 @@ def main(argv=None):
             record.update(loss=loss, lr=lr, grad_norm=grad_norm.item(), tokens=iter_num * tokens_per_iter,
                           seconds=round(seconds, 3), sent_fwd=meter.sent_fwd, sent_bwd=meter.sent_bwd,
                           received_fwd=meter.received_fwd, received_bwd=meter.received_bwd, sent_sync=sent_sync,
-                          received_sync=received_sync, compression=compression)
+                          received_sync=received_sync, compression=compression, skipped=n_skipped)
             total_sync, sent_sync, received_sync = total_sync + received_sync, 0, 0  # a line has all since the last one
             local_tokens = tokens_per_iter / world_size
             fwd, bwd = meter.received_fwd / local_tokens, meter.received_bwd / local_tokens
@@ -768,6 +921,11 @@ def main(argv=None):
         if len(record) > 1:
             write(record)
     bar.close()
+    if stopping:
+        say(f'interrupted before iteration {iter_num}: go on with --init_from=resume')
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(130)
 
     # -- what it came to
     n_iters = iter_num - first_iter
