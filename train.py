@@ -22,7 +22,7 @@ import textwrap
 import threading
 import time
 import zlib
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -517,19 +517,32 @@ def agree(store, rank, world_size, facts):
     """
     Every rank must have the same `facts` {name: value}, or a run would go wrong in silence. Compared through the store,
     before there is any group. Exits with a sentence that names the first rank that differs, and in what.
+
+    Returns the store as this start of the run has it to itself: torchrun keeps the store, with all that is in it, over restarts.
     """
+    until = time.monotonic() + START_S
     try:
-        store.set(f'facts/{rank}', json.dumps(facts))
-        everyone = [json.loads(store.get(f'facts/{other}')) for other in range(world_size)]
-        store.add('read', 1)
-        while rank == 0 and store.add('read', 0) < world_size:  # rank 0 may be the one that keeps the store
+        store.set(f'facts/{rank}', f'{time.time_ns()} {json.dumps(facts)}')
+        while True:  # until all have seen the same; what a rank of an earlier start has left there, nobody else sees
+            said = [store.get(f'facts/{other}').decode() for other in range(world_size)]
+            own = dist.PrefixStore(f'{zlib.crc32("".join(said).encode())}', store)
+            own.set(f'seen/{rank}', '')
+            if own.check([f'seen/{other}' for other in range(world_size)]):
+                break
+            if time.monotonic() > until:
+                raise RuntimeError(f'no answer in {START_S} s')
+            time.sleep(0.05)
+        own.add('read', 1)
+        while rank == 0 and own.add('read', 0) < world_size:  # rank 0 may be the one that keeps the store
             time.sleep(0.01)
     except RuntimeError as e:
         fail(f'rank {rank} did not hear from all {world_size} ranks at the start: {str(e).splitlines()[0]}')
+    everyone = [json.loads(theirs.split(' ', 1)[1]) for theirs in said]
     for other, theirs in enumerate(everyone):
         for name, value in theirs.items():
             if value != everyone[0][name]:
                 fail(f'rank {other} has {name} {value}, and rank 0 has {everyone[0][name]}: they must be the same')
+    return own
 
 
 def silent_ranks(rank, world_size, patience=3.0):
@@ -537,19 +550,18 @@ def silent_ranks(rank, world_size, patience=3.0):
     Ranks that do not say within `patience` seconds, through the store, that they too have given up waiting: those that are
     gone or stuck. (Whom a rank waited for need not be: it may itself have been waiting.)
     """
-    others = set(range(world_size)) - {rank}
-    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
-    try:
-        store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), wait_for_workers=False,
-                              timeout=timedelta(seconds=patience))
-        store.set(f'gave up/{attempt}/{rank}', '')
-        until = time.monotonic() + patience
-        while len(others) > 1 and time.monotonic() < until:
-            others -= {r for r in others if store.check([f'gave up/{attempt}/{r}'])}
-            time.sleep(0.05)
-    except RuntimeError:
-        return [0]  # without torchrun it is rank 0 that keeps the store
-    return sorted(others)
+    store, silent = dist.distributed_c10d._get_default_store(), {0}  # if it does not answer: without torchrun, rank 0 keeps it
+
+    def ask():
+        nonlocal silent
+        with suppress(RuntimeError):
+            store.set(f'gave up/{rank}', '')
+            while len(silent := {r for r in range(world_size) if not store.check([f'gave up/{r}'])}) > 1:
+                time.sleep(0.05)
+    thread = threading.Thread(target=ask, daemon=True)  # a frozen keeper keeps it waiting for ever: no timeout of the store applies
+    thread.start()
+    thread.join(patience)
+    return sorted(silent)
 
 
 # -----------------------------------------------------------------------------
@@ -570,7 +582,8 @@ def main(argv=None):
     except PeerError as e:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         silent = ' and '.join(map(str, silent_ranks(rank, world_size)))
-        print(f'train.py: {e}; nothing was heard from rank {silent} since', file=sys.stderr, flush=True)
+        since = f'nothing was heard from rank {silent} since' if silent else 'all others have given up too'
+        print(f'train.py: {e}; {since}', file=sys.stderr, flush=True)
         time.sleep(1)  # for the others to read the store
         os._exit(1)  # taking down groups whose members are gone can hang
     finally:
@@ -630,7 +643,7 @@ def run(argv, interrupted):
         timeout, backend = timedelta(seconds=c.timeout_s), 'nccl' if device.type == 'cuda' else 'gloo'
         store, _, _ = next(dist.rendezvous('env://', timeout=timedelta(seconds=START_S)))
         facts = {f'--{name}': getattr(c, name) for name, _, _ in FLAGS if name not in ('out_dir', 'data', 'val_data')}
-        agree(store, rank, world_size, {
+        store = agree(store, rank, world_size, {
             'torch': torch.__version__, 'WORLD_SIZE': world_size, 'device': device.type, **facts, 'a checkpoint of iteration':
             checkpoint and checkpoint['iter_num'], **({} if c.data == 'needle' else {
                 'training data with checksum': fingerprint(train_data), 'validation data with checksum': fingerprint(val_data)})})
@@ -875,7 +888,8 @@ def run(argv, interrupted):
             grad_norm = torch.nn.utils.get_total_norm(grads)
             status[1] += 0 * grad_norm
             average([status], ring)
-        stopping, skipping = status[0].item() > 0, not (grad_norm + status[1]).isfinite().item()
+        n_interrupts, trouble = torch.stack((status[0], status[1] + grad_norm)).tolist()
+        stopping, skipping = n_interrupts > 0, not math.isfinite(trouble)
         in_a_row = in_a_row + 1 if skipping else 0
         if skipping:  # all ranks do, and the data moves on
             n_skipped += 1
