@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -1278,7 +1279,7 @@ def test_a_dead_peer_ends_all(tmp_path):
                 assert code == (7 if cases[where][-1] == 'exit' else -signal.SIGKILL), said
                 continue
             assert code == 1 and re.search(f'rank {rank} waited for .* in .*{where} and gave up: .*; nothing was heard from rank '
-                                           f'.*{victim}.* since$', said), (rank, code, said)
+                                           f'{victim} since$', said), (rank, code, said)
             assert spoke[rank] - spoke[victim] < 5 + 15, (rank, said)
         assert not list(folder.glob('*.tmp'))
         if (folder / 'ckpt.pt').exists():
@@ -1383,6 +1384,22 @@ def test_ranks_that_disagree_are_named(tmp_path, what, message):
     for rank, (code, said) in enumerate(end_ranks(start_ranks(2, tmp_path, *SMALL, sabotage=(differ, what)), tmp_path)):
         assert code == 1 and (rank or re.search(message, said)), said
     assert not (tmp_path / 'log.jsonl').exists()
+
+
+def test_what_an_earlier_start_left_in_the_store_is_not_read():
+    store = dist.HashStore()
+
+    def start(value):
+        def agree(rank):
+            time.sleep(0.3 * rank)  # the first finds only what the other's predecessor has left
+            return train.agree(store, rank, 2, {'value': value})
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(agree, range(2)))
+    for value in range(2):
+        ours, theirs = start(value)
+        assert not theirs.check(['address'])
+        ours.set('address', 'here')
+        assert theirs.check(['address'])
 
 
 def save_for_ever(path):
