@@ -1159,7 +1159,7 @@ def test_plan(capsys):
 def test_readme_names_only_flags_that_exist():
     text = Path(__file__).with_name('README.md').read_text()
     known = {name for name, _, _ in train.FLAGS} | {'standalone', 'nproc_per_node', 'nnodes', 'node_rank', 'master_addr',
-                                                   'master_port', 'help'}
+                                                   'master_port', 'max_restarts', 'help'}
     assert set(re.findall(r'--([a-z_0-9]+)', text)) <= known
 
 
