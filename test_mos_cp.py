@@ -1455,6 +1455,10 @@ def test_bad_checkpoints_are_refused(reference_run, tmp_path):
     for change in ({'model': wrong}, {'model': {}}, {'optimizer': {}}, {'optimizer': {'state': {}, 'param_groups': []}}):
         torch.save({**checkpoint, **change}, path)
         refused('ckpt.pt does not fit the model')
+    torch.save(checkpoint, path)
+    (tmp_path / 'ckpt_rank0.12.pt').write_bytes(b'')
+    with pytest.raises(SystemExit, match='ckpt_rank0.12.pt is damaged or not a checkpoint'):
+        small_run(tmp_path, '--init_from=auto', '--sync_every=2')
 
 
 # -- fuzz: any configuration trains as on one process, or is refused before anything is sent

@@ -179,7 +179,7 @@ def parse_bool(text):
     return text.lower() in ('true', '1')
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, keys=CHECKPOINT):
     """A checkpoint as `save_checkpoint` left it, on the CPU. Exits with a sentence if it is not one."""
     if not path.exists():
         fail(f'there is no {path} on this machine to resume from: change --init_from or --out_dir')
@@ -187,7 +187,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # whatever a damaged or foreign file makes of it
         fail(f'{path} is damaged or not a checkpoint ({type(e).__name__}): change --init_from or --out_dir')
-    missing = [key for key in CHECKPOINT if key not in checkpoint] if isinstance(checkpoint, dict) else CHECKPOINT
+    missing = [key for key in keys if key not in checkpoint] if isinstance(checkpoint, dict) else keys
     if missing:
         fail(f'{path} is not a checkpoint of this code, it has no {missing[0]!r}: change --init_from or --out_dir')
     return checkpoint
@@ -689,7 +689,7 @@ def run(argv, interrupted):
         if checkpoint['outer']:
             load_optimizer(outer, checkpoint['outer'])
         own_path = out_dir / own_files.format(iter_num)
-        own = torch.load(own_path, map_location='cpu', weights_only=True) if own_path.exists() else {}
+        own = load_checkpoint(own_path, ('optimizer', 'world_size')) if own_path.exists() else {}
         if own.get('world_size') == world_size:
             load_optimizer(optimizer, own['optimizer'])
         elif rank:
