@@ -51,8 +51,8 @@ class GPTConfig:
     exact_local: bool = True
     joint_kv: bool = True
     basis: str = 'learned'
-    rank_k: float = 0.05
-    rank_v: float = 0.125
+    rank_k: float = 0.08
+    rank_v: float = 0.2
     generator: str = 'frobenius'
     n_generators: int = 1
     exp: str = 'taylor'
@@ -227,12 +227,13 @@ class Compressor(nn.Module):
     """
     What a layer's keys and values look like on the wire. `compress` makes the payload, `expand` turns a
     payload, one's own or a received one, into keys and values. Compression acts before RoPE; the receiver
-    rotates to the sender's positions. `on` = False sends full keys and values (warm start, unplugged).
+    rotates to the sender's positions. `override` says what to send instead for now: 'local', nothing, or 'full'
+    (warm start, unplugged); '' is what the configuration says.
     """
 
     def __init__(self, config, layer):
         super().__init__()
-        self.config, self.on = config, True
+        self.config, self.override = config, ''
         last = layer == config.n_layer - 1
         self.configured = 'full' if last and not config.compress_last else config.send
         # its own random numbers: the model's initial weights must not depend on what is sent
@@ -243,18 +244,20 @@ class Compressor(nn.Module):
     @property
     def send(self):
         """What is sent now."""
-        return self.configured if self.on else 'full'
+        return self.override or self.configured
 
     def wire_dtype(self, gradient=False):
         """In what numbers it is sent now."""
         left_out = self.configured != self.config.send  # the last layer, if compress_last is off
-        if left_out or not self.on:
+        if left_out or self.override:
             return 'compute'
         dtype = self.config.grad_wire_dtype
         return dtype if gradient and dtype != 'same' else self.config.wire_dtype
 
     @property
     def exact_local(self):
+        if self.send == 'local':
+            return True
         return self.config.exact_local and not (self.send == 'full' and self.wire_dtype() == 'compute')
 
     @property
@@ -537,12 +540,12 @@ class GPT(nn.Module):
             xs[part] = layer.arrive(xs[part], sent[:part + 1], self.ring, *tables, n_parts)
         return torch.cat(xs, dim=1)
 
-    # -- the compressor's life: warm start (off), on, unplugged (off)
+    # -- the compressor's life: warm start, on, unplugged
 
-    def set_compression(self, on):
-        """Send what the configuration says (True), or full keys and values (False)."""
+    def set_send(self, override=''):
+        """Send what the configuration says (''), nothing ('local') or full keys and values ('full')."""
         for compressor in self.compressors:
-            compressor.on = on
+            compressor.override = override
 
     @torch.no_grad()
     def basis_moments(self, idx=None):

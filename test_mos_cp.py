@@ -709,7 +709,7 @@ def test_warm_start_reduces_reconstruction_error(joint_kv):
     config = GPTConfig(block_size=128, n_chunks=4, n_layer=1, n_embd=64, n_head=4, rank_k=0.1, rank_v=0.1, joint_kv=joint_kv)
     torch.manual_seed(0)
     model = GPT(config)
-    model.set_compression(False)
+    model.set_send('full')
     text = train.load_data('stdlib')[0]
 
     def batch(i):
@@ -741,10 +741,13 @@ def test_warm_start_reduces_reconstruction_error(joint_kv):
 def test_unplugged_model_is_a_plain_model():
     idx = torch.randint(50, (1, 32))
     plain = small_model(send='full')
+    local = small_model(send='local')
     for options in (dict(), dict(basis='rotated', exact_local=False), dict(send='full', wire_dtype='int4'), dict(send='local')):
         model = small_model(**options)  # the compressor draws its own random numbers: same weights otherwise
         assert relative_error(model(idx)[0], plain(idx)[0]) > 1e-6
-        model.set_compression(False)
+        model.set_send('local')
+        assert torch.equal(model(idx)[0], local(idx)[0])
+        model.set_send('full')
         assert torch.equal(model(idx)[0], plain(idx)[0])
         missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
         assert not missing and all('compressor' in name for name in unexpected)
@@ -892,12 +895,12 @@ def test_needle_batch():
 
 
 def test_needle_is_found_through_the_compressor_alone(tmp_path):
-    argv = ['--data=needle', '--n_layer=1', '--n_embd=32', '--n_head=2', '--block_size=32', '--n_chunks=8', '--batch_size=32',
+    argv = ['--data=needle', '--n_layer=1', '--n_embd=32', '--n_head=2', '--block_size=32', '--n_chunks=4', '--batch_size=32',
             '--learning_rate=1e-2', '--max_iters=300', '--eval_interval=300', '--sample_tokens=0', f'--out_dir={tmp_path}']
     chance = np.log(train.N_VALUES)
     assert abs(train.main([*argv, '--send=local'])['val_loss'] - chance) < 0.05
-    ours = train.main([*argv, '--warm_start=150'])['records'][-1]['val_loss_by_chunk']
-    assert ours[:4] == [None] * 4 and max(ours[4:]) < chance - 0.5
+    ours = train.main([*argv, '--warm_start=50'])['records'][-1]['val_loss_by_chunk']
+    assert ours[:2] == [None] * 2 and max(ours[2:]) < chance - 0.5
 
 
 def test_learning_rate():
@@ -918,17 +921,32 @@ def test_validation_reads_val_data_and_may_keep_only_the_best(tmp_path):
 
 
 def test_life_of_the_compressor(tmp_path, monkeypatch):
-    """Off, the bases set once, on, and off again."""
+    """Nothing is sent, the bases are set once, the compressor runs, everything is sent."""
     life, forward, set_bases = [], GPT.forward, GPT.set_bases
 
     def noting(self, *args, **kwargs):
         if torch.is_grad_enabled():
-            life.append(self.compressors[0].on)
+            life.append(self.compressors[0].send)
         return forward(self, *args, **kwargs)
     monkeypatch.setattr(GPT, 'forward', noting)
     monkeypatch.setattr(GPT, 'set_bases', lambda self, moments: (life.append('start'), set_bases(self, moments)))
     small_run(tmp_path, '--gradient_accumulation_steps=1', '--unplug_at=7', '--warm_basis=weights')
-    assert life == [False] * 3 + ['start'] + [True] * 4 + [False] * 5
+    assert life == ['local'] * 3 + ['start'] + ['subspace'] * 4 + ['full'] * 5
+
+
+def test_warm_start(tmp_path):
+    """Before it ends every chunk is on its own (or nothing is compressed), whatever is sent then."""
+    def losses(*argv):
+        argv = '--block_size=64', '--n_chunks=4', '--n_layer=1', '--n_embd=32', '--max_iters=5', '--log_interval=1', '--eval_iters=1', *argv
+        return [r['loss'] for r in train.main([*argv, '--sample_tokens=0', '--dtype=float64', f'--out_dir={tmp_path}'])['records'][:-1]]
+    local, full = losses('--send=local'), losses('--send=full')
+    assert local[0] != full[0]
+    for argv in (['--send=full'], ['--send=topk'], [], ['--exact_local=False'], ['--interleave']):
+        warm = losses('--warm_start=3', *argv)
+        assert warm[:3] == pytest.approx(local[:3], rel=1e-12) and warm[3:] != pytest.approx(local[3:], rel=1e-6), argv
+    for argv in (['--send=topk'], [], ['--interleave']):
+        warm = losses('--warm_start=3', '--warm_send=full', *argv)
+        assert warm[:3] == pytest.approx(full[:3], rel=1e-12) and warm[3:] != pytest.approx(full[3:], rel=1e-6), argv
 
 
 def test_gradients_are_clipped(tmp_path):
@@ -1090,7 +1108,9 @@ def test_outer_step(reference_run, tmp_path):
     (['--method=paper', '--send=topk'], '--method=paper sends subspaces, not --send=topk'), (['--beta2=1'], r'beta2 \(1.0\)'),
     (['--seed=-1'], r'seed \(-1\) must be at least 0'), (['--compress_last=False', '--n_layer=1'], 'nothing to compress'),
     (['--block_size=1600000'], r'block_size \(1600000\) must be below the length of the validation data'),
-    (['--warm_start=500'], r'warm_start \(500\) must be below max_iters \(250\)'), (['--batch_size=0'], r'batch_size \(0\)'),
+    (['--warm_start=500'], r'warm_start \(500\) must be below max_iters \(250\)'),
+    (['--send=full', '--warm_send=full', '--warm_start=5'], r'warm_start \(5\) does nothing with --send=full and --warm_send=full'),
+    (['--send=full', '--warm_send=local'], '--warm_send does nothing with --warm_start=0'), (['--send=local', '--warm_start=5'], '--warm_start does nothing'), (['--batch_size=0'], r'batch_size \(0\)'),
     (['--data=no/such/file'], "no file matches 'no/such/file'"), (['--init_from=resume'], 'there is no .*ckpt.pt'),
     (['--send=full', '--interleave'], '--interleave does nothing with --send=full'), (['--tflops=1'], '--tflops does nothing with --plan'),
     (['--send=local', '--wire_dtype=int8'], '--wire_dtype does nothing with --send=local'), (['--link_mbps=-1'], r'link_mbps \(-1.0\)'),
@@ -1292,7 +1312,7 @@ def test_resume_after_a_kill_is_bit_equal(tmp_path):
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     end_ranks(start_ranks(2, whole, *argv), whole)
     codes = [code for code, _ in end_ranks(start_ranks(
-        2, killed, '--timeout_s=5', *argv, sabotage=(end_at, 1, ('Ring', 'exchange', 'bwd'), 92, signal.SIGKILL)), killed)]
+        2, killed, '--timeout_s=5', *argv, sabotage=(end_at, 1, ('Ring', 'exchange', 'bwd'), 44, signal.SIGKILL)), killed)]
     assert codes == [1, -signal.SIGKILL] and max(losses(killed)) < 11 and (killed / 'ckpt.pt').exists()
     assert train.load_checkpoint(killed / 'ckpt.pt')['iter_num'] in (6, 9)
     assert [code for code, _ in end_ranks(start_ranks(2, killed, *argv), killed)] == [0, 0]
@@ -1483,8 +1503,9 @@ def random_configuration(rng):
             'joint_kv': (True, False), 'basis': ('fixed', 'rotated', 'learned'), 'rank_k': (0.01, 0.1, 1.0), 'rank_v': (0.05, 0.3, 1.0),
             'generator': ('frobenius', 'spectral', 'principal'), 'n_generators': (1, 2), 'exp': ('taylor', 'exact'), 'theta_clip': (0.0, 0.5),
             'topk': (0.05, 0.5, 1.0), 'interleave': (True, False), 'compress_last': (True, False), 'warm_basis': ('activations', 'weights'),
-            'unplug_at': (0, 1), 'sync_basis_every': (0, 1), 'sync_dtype': ('param', 'bf16'), 'outer_momentum': (0.0, 0.5), 'basis_lr': (0.1, 1.0)}.items():
-        if rng.random() < 0.3 and (name not in ('sync_dtype', 'outer_momentum') or flags['sync_every'] > 1):
+            'unplug_at': (0, 1), 'sync_basis_every': (0, 1), 'sync_dtype': ('param', 'bf16'), 'outer_momentum': (0.0, 0.5), 'basis_lr': (0.1, 1.0), 'warm_send': ('local', 'full')}.items():
+        if rng.random() < 0.3 and (name not in ('sync_dtype', 'outer_momentum') or flags['sync_every'] > 1) and (
+                not name.startswith('warm') or flags['warm_start']):
             flags[name] = one(*choices)
     for name in list(flags):  # what would do nothing is refused; that is tested apart
         if any(flags.get(flag, {'send': 'subspace', 'basis': 'learned', 'plan': False}.get(flag)) not in values

@@ -71,8 +71,8 @@ FLAGS = [
     ('exact_local', True, 'a chunk attends to its own keys and values exactly; False (the paper): to rebuilt ones'),
     ('joint_kv', True, 'one subspace for keys and values together, of rank r_k + r_v; False: one each'),
     ('basis', 'learned', 'fixed, learned (a trained parameter), or rotated (the paper: by the mean of the chunk)'),
-    ('rank_k', 0.05, 'numbers sent for a key, as a fraction of its width'),
-    ('rank_v', 0.125, 'numbers sent for a value, as a fraction of its width'),
+    ('rank_k', 0.08, 'numbers sent for a key, as a fraction of its width'),
+    ('rank_v', 0.2, 'numbers sent for a value, as a fraction of its width'),
     ('generator', 'frobenius', 'of the rotation: random with frobenius or spectral norm 1, or principal (see README)'),
     ('n_generators', 1, 'how many generators, that is numbers in theta'),
     ('exp', 'taylor', 'the exponential of the rotation: taylor (second order) or exact'),
@@ -80,7 +80,9 @@ FLAGS = [
     ('topk', 0.1, 'fraction of entries that send=topk keeps'),
     ('interleave', False, "the front and back half of a rank's tokens take turns: one computes while the other travels"),
     ('compress_last', True, 'False: the last layer sends full keys and values, as in the paper'),
-    ('warm_start', 50, 'iterations uncompressed, then subspaces start in principal directions; 0: in random ones'),
+    ('warm_start', 50, 'iterations before the compressor starts, its subspaces in principal directions; 0: in random ones. Without subspaces, '
+                       '0 unless given'),
+    ('warm_send', 'local', 'what travels in these: local (nothing, every chunk attends to itself), or full (uncompressed)'),
     ('warm_basis', 'activations', 'principal directions of what: activations, or weights (the paper)'),
     ('unplug_at', 0, 'iteration from which everything is sent uncompressed and the compressor rests; 0: never'),
     # optimisation
@@ -130,11 +132,11 @@ METHODS = {
     'ours': {},
     'paper': dict(basis='rotated', joint_kv=False, exact_local=False, generator='frobenius', n_generators=1,
                   exp='taylor', theta_clip=0.5, rank_k=0.02, rank_v=0.05, wire_dtype='compute', compress_last=False,
-                  warm_basis='weights', basis_lr=1.0, sync_every=200),
+                  warm_send='full', warm_basis='weights', basis_lr=1.0, sync_every=200),
 }
 
 CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS), 'init_from': ('scratch', 'resume', 'auto'),
-           'warm_basis': ('activations', 'weights'), 'sync_dtype': ('param', 'bf16'), 'device': ('auto', 'cpu', 'cuda'),
+           'warm_send': ('local', 'full'), 'warm_basis': ('activations', 'weights'), 'sync_dtype': ('param', 'bf16'), 'device': ('auto', 'cpu', 'cuda'),
            'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, by the vendor's datasheets, for the MFU
@@ -143,8 +145,8 @@ PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, by 
 LOSSY = ('local', 'topk', 'subspace')
 NEEDS = {**dict.fromkeys(('compress_last', 'unplug_at'), {'send': LOSSY}), 'interleave': {'send': ('topk', 'subspace')},
          **dict.fromkeys(('wire_dtype', 'grad_wire_dtype'), {'send': ('full', 'topk', 'subspace')}),
-         **dict.fromkeys(('basis', 'joint_kv', 'rank_k', 'rank_v', 'warm_start', 'warm_basis'),
-                         {'send': ('subspace',)}),
+         **dict.fromkeys(('warm_start', 'warm_send'), {'send': ('full', 'topk', 'subspace')}),
+         **dict.fromkeys(('basis', 'joint_kv', 'rank_k', 'rank_v', 'warm_basis'), {'send': ('subspace',)}),
          **dict.fromkeys(('generator', 'n_generators', 'exp', 'theta_clip'),
                          {'send': ('subspace',), 'basis': ('rotated',)}),
          **dict.fromkeys(('basis_lr', 'sync_basis_every'), {'send': ('subspace',), 'basis': ('learned', 'rotated')}),
@@ -249,16 +251,21 @@ def parse_config(argv):
             fail(f'--{name} does nothing with --data=needle: leave out one of the two')
         if c.n_chunks % 2:
             fail(f'n_chunks ({c.n_chunks}) must be a multiple of 2 for --data=needle: change --n_chunks')
-    if c.send != 'subspace':
+    if c.send != 'subspace' and 'warm_start' not in given and not checkpoint:
         c.warm_start = 0
+    if c.warm_start and c.send == c.warm_send == 'full':
+        fail(f'warm_start ({c.warm_start}) does nothing with --send=full and --warm_send=full: leave out --warm_start or --warm_send')
+    for name in {'warm_send', 'warm_basis'} & given.keys():
+        if not c.warm_start:
+            fail(f'--{name} does nothing with --warm_start=0: raise --warm_start')
     c.sync_basis_every = c.sync_basis_every or c.sync_every
     if c.sync_basis_every > c.sync_every:
         fail(f'sync_basis_every ({c.sync_basis_every}) must be at most sync_every ({c.sync_every}): change one of them')
     for name in ('sync_dtype', 'outer_lr', 'outer_momentum'):
         if c.sync_every == 1 and name in given:
             fail(f'--{name} does nothing with --sync_every=1, which averages gradients: raise --sync_every')
-    if c.send == 'subspace' and 0 < c.max_iters <= c.warm_start:
-        fail(f'warm_start ({c.warm_start}) must be below max_iters ({c.max_iters}), or nothing is ever compressed: '
+    if 0 < c.max_iters <= c.warm_start:
+        fail(f'warm_start ({c.warm_start}) must be below max_iters ({c.max_iters}), or it never ends: '
              'change --warm_start or --max_iters')
     if c.unplug_at and not c.warm_start < c.unplug_at < c.max_iters:
         fail(f'unplug_at ({c.unplug_at}) must be between warm_start ({c.warm_start}) and max_iters ({c.max_iters}): '
@@ -831,7 +838,7 @@ def run(argv, interrupted):
     bar = tqdm(total=c.max_iters, initial=iter_num, disable=not (master and sys.stderr.isatty()))
     while True:
         validating = iter_num % c.eval_interval == 0 or iter_num >= c.max_iters or c.eval_only
-        ending_warm_start = iter_num == c.warm_start > 0 and not c.eval_only
+        ending_warm_start = iter_num == c.warm_start > 0 and c.send == 'subspace' and not c.eval_only
         start = time.perf_counter()
         meter.reset()
         if c.sync_every > 1 and iter_num > last_sync and (validating or ending_warm_start or stopping):
@@ -842,11 +849,11 @@ def run(argv, interrupted):
                 save()
             break
         if ending_warm_start:
-            raw_model.set_compression(False)
+            raw_model.set_send(c.warm_send)
             start_bases()
             received += meter.received_fwd
-        # the compressor's life: warm start (off), on, unplugged (off)
-        raw_model.set_compression(iter_num >= c.warm_start and not (c.unplug_at and iter_num >= c.unplug_at))
+        # the compressor's life: warm start, on, unplugged
+        raw_model.set_send(c.warm_send if iter_num < c.warm_start else 'full' if c.unplug_at and iter_num >= c.unplug_at else '')
         record = {'iter': iter_num}
 
         if validating:
