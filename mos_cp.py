@@ -27,8 +27,7 @@ CHOICES = {  # the values each option takes; train.py's flags check against thes
     'wire_dtype': ('auto', 'compute', 'bf16', 'int8', 'int4'),
     'grad_wire_dtype': ('same', 'compute', 'bf16', 'int8', 'int4'),
     'basis': ('fixed', 'rotated', 'learned'),
-    'generator': ('frobenius', 'spectral', 'principal'),
-    'exp': ('taylor', 'exact'),
+    'generator': ('frobenius', 'spectral'),
 }
 
 
@@ -55,7 +54,6 @@ class GPTConfig:
     rank_v: float = 0.2
     generator: str = 'frobenius'
     n_generators: int = 1
-    exp: str = 'taylor'
     theta_clip: float = 0.5
     topk: float = 0.1
     compress_last: bool = True
@@ -92,11 +90,6 @@ class GPTConfig:
             raise ValueError(f'theta_clip ({self.theta_clip}) must be at least 0 (0: no clipping): change --theta_clip')
         if self.send == 'local' and not self.exact_local:
             raise ValueError('send=local attends to nothing but the exact local keys: it needs --exact_local=True')
-        if self.send == 'subspace' and self.basis == 'rotated' and self.generator == 'principal':
-            for d, r in self.subspaces:
-                if (self.n_generators + 1) * r > d:
-                    raise ValueError(f'generator=principal needs (n_generators + 1) * r ({self.n_generators + 1} * {r})'
-                                     f' to be at most d ({d}): lower --n_generators or --rank_k and --rank_v')
         if self.interleave and not self.compress_last:
             raise ValueError('interleave needs every layer compressed, not compress_last=False: change one of them')
         if self.send != 'full' and not self.compress_last and self.n_layer == 1:
@@ -167,37 +160,20 @@ class Subspace(nn.Module):
         if self.rotated:
             self.psi = nn.Linear(d, k, bias=False, device='meta')  # draws no random numbers
             self.psi.weight = nn.Parameter(0.02 * torch.randn(k, d, generator=rng))
+            S = torch.randn(k, d, d, generator=rng)
+            A = S - S.transpose(-2, -1)
+            norm = torch.linalg.matrix_norm(A, 'fro' if config.generator == 'frobenius' else 2, keepdim=True)
+            self.register_buffer('A', A / norm)
             # A_l U0 and A_l A_m U0: all that the second-order exponential needs
             self.register_buffer('AU0', torch.zeros(k, d, r))
             self.register_buffer('AAU0', torch.zeros(k, k, d, r))
-            if config.generator == 'principal':
-                self.set_basis(torch.linalg.qr(torch.randn(d, (k + 1) * r, generator=rng))[0])
-            else:
-                S = torch.randn(k, d, d, generator=rng)
-                A = S - S.transpose(-2, -1)
-                norm = torch.linalg.matrix_norm(A, 'fro' if config.generator == 'frobenius' else 2, keepdim=True)
-                self.register_buffer('A', A / norm)
-                self.set_basis(U0)
-
-    @property
-    def n_directions(self):
-        """How many principal directions `set_basis` takes: r, or r for U0 and r more for each generator."""
-        principal = self.rotated and self.config.generator == 'principal'
-        return self.U0.shape[1] * (1 + self.config.n_generators * principal)
+            self.set_basis(U0)
 
     @torch.no_grad()
-    def set_basis(self, directions):
-        """Start the subspace in the given orthonormal directions (d, n_directions)."""
-        d, r = self.U0.shape
-        self.U0.copy_(directions[:, :r])
-        if not self.rotated:
-            return
-        if self.config.generator == 'principal':
-            # A_l = U_l U0^T - U0 U_l^T turns U0 towards U_l, the l-th next r principal directions:
-            # A_l U0 = U_l and A_l A_m U0 = -U0 if l == m else 0
-            self.AU0.copy_(directions[:, r:].reshape(d, -1, r).transpose(0, 1))
-            self.AAU0.copy_(-torch.einsum('lm,dr->lmdr', torch.eye(len(self.AU0)).to(self.U0), self.U0))
-        else:
+    def set_basis(self, U0):
+        """Start the subspace in the given orthonormal directions (d, r)."""
+        self.U0.copy_(U0)
+        if self.rotated:
             self.AU0.copy_(self.A @ self.U0)
             self.AAU0.copy_(torch.einsum('lde,mer->lmdr', self.A, self.AU0))
 
@@ -210,17 +186,7 @@ class Subspace(nn.Module):
     def basis(self, theta):
         """U(theta) = R(theta) U0. theta: (B, c, k) -> (B, c, d, r)."""
         with torch.autocast(theta.device.type, enabled=False):  # sender and receiver must find the same U
-            return self._basis(theta.to(self.U0.dtype))
-
-    def _basis(self, theta):
-        if self.config.exp == 'taylor':
-            return kernels.rotate_basis(theta, self.U0, self.AU0, self.AAU0)
-        if self.config.generator == 'principal':
-            # exp(sum theta_l A_l) U0 = cos|theta| U0 + sin|theta| / |theta| sum theta_l U_l, exactly
-            size = theta.norm(dim=-1)[..., None, None]  # (B, c, 1, 1)
-            towards = torch.einsum('bcl,ldr->bcdr', theta, self.AU0)
-            return torch.cos(size) * self.U0 + torch.sinc(size / math.pi) * towards
-        return torch.linalg.matrix_exp(torch.einsum('bcl,lde->bcde', theta, self.A)) @ self.U0
+            return kernels.rotate_basis(theta.to(self.U0.dtype), self.U0, self.AU0, self.AAU0)
 
 
 class Compressor(nn.Module):
@@ -570,7 +536,7 @@ class GPT(nn.Module):
     def set_bases(self, moments):
         """Start every subspace in the principal directions of its moment, as from `basis_moments`."""
         for subspace, moment in zip((s for c in self.compressors for s in c.subspaces), moments):
-            subspace.set_basis(principal_directions(moment, subspace.n_directions))
+            subspace.set_basis(principal_directions(moment, subspace.U0.shape[1]))
 
     # -- nanoGPT's interface
 

@@ -226,9 +226,7 @@ OPTIONS = [  # what a model can send
     dict(basis='fixed', joint_kv=False, exact_local=False),
     dict(basis='rotated'), dict(basis='rotated', joint_kv=False, exact_local=False, compress_last=False),
     dict(basis='rotated', generator='spectral', n_generators=3),
-    dict(basis='rotated', generator='spectral', exp='exact', n_generators=2),
-    dict(basis='rotated', generator='principal', exp='exact', n_generators=2),
-    dict(basis='rotated', generator='principal', theta_clip=0.0),
+    dict(basis='rotated', theta_clip=0.0),
 ]
 
 
@@ -616,29 +614,20 @@ def test_rope_depends_on_distance_alone():
 @pytest.mark.parametrize('generator', mos_cp.CHOICES['generator'])
 @pytest.mark.parametrize('k', (1, 3))
 def test_rotation(generator, k):
-    """exact stays orthonormal and moves; taylor is within |M|^3 / 6 of it; the generators have norm 1."""
+    """Skew-symmetric generators of norm 1; U(theta) is within |M|^3 / 6 of the exact exponential's, and moves."""
     d, r, B, c = 24, 3, 2, 4
     theta = 0.5 * (2 * torch.rand(B, c, k, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 1)
-    U = {}
-    for exp in ('exact', 'taylor'):
-        config = GPTConfig(basis='rotated', generator=generator, n_generators=k, exp=exp, rank_k=0.01, rank_v=0.02)
-        s = mos_cp.Subspace(d, r, config, torch.Generator().manual_seed(0)).double()
-        directions = torch.randn(d, s.n_directions, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        s.set_basis(torch.linalg.qr(directions)[0])
-        U[exp] = s.basis(theta)  # (B, c, d, r)
-    assert_close(U['exact'].mT @ U['exact'], torch.eye(r).double().expand(B, c, r, r), 'U^T U')
-    assert relative_error(U['exact'], s.U0.expand(B, c, d, r)) > 0.01
-    if generator == 'principal':
-        A = torch.stack([Ul @ s.U0.T - s.U0 @ Ul.T for Ul in s.AU0])
-    else:
-        A = s.A
-        norms = torch.linalg.matrix_norm(A, 'fro' if generator == 'frobenius' else 2)
-        assert_close(norms, torch.ones(k, dtype=torch.float64), 'norm of A', 1e-6)  # drawn in float32
-        assert_close(A.mT, -A, 'A^T')
-    assert_close(U['exact'], torch.linalg.matrix_exp(torch.einsum('bcl,lde->bcde', theta, A)) @ s.U0, 'exp')
-    size = torch.linalg.matrix_norm(torch.einsum('bcl,lde->bcde', theta, A), 2)
-    error = torch.linalg.matrix_norm(U['taylor'] - U['exact'], 2)
-    assert (error <= size**3 / 6 + 1e-12).all() and error.max() > 0
+    config = GPTConfig(basis='rotated', generator=generator, n_generators=k, rank_k=0.01, rank_v=0.02)
+    s = mos_cp.Subspace(d, r, config, torch.Generator().manual_seed(0)).double()
+    s.set_basis(torch.linalg.qr(torch.randn(d, r, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0])
+    U = s.basis(theta)  # (B, c, d, r)
+    assert relative_error(U, s.U0.expand(B, c, d, r)) > 0.01
+    norms = torch.linalg.matrix_norm(s.A, 'fro' if generator == 'frobenius' else 2)
+    assert_close(norms, torch.ones(k, dtype=torch.float64), 'norm of A', 1e-6)  # drawn in float32
+    assert_close(s.A.mT, -s.A, 'A^T')
+    M = torch.einsum('bcl,lde->bcde', theta, s.A)
+    error = torch.linalg.matrix_norm(U - torch.linalg.matrix_exp(M) @ s.U0, 2)
+    assert (error <= torch.linalg.matrix_norm(M, 2)**3 / 6 + 1e-12).all() and error.max() > 0
 
 
 def test_theta_is_clipped():
@@ -825,7 +814,6 @@ def test_bases_learn_at_their_own_rate(tmp_path):
     (dict(n_head=4, n_kv_head=3), r'n_head \(4\) must be a multiple of n_kv_head \(3\)'),
     (dict(rank_k=0.0), r'rank_k \(0.0\)'), (dict(rank_v=1.5), r'rank_v \(1.5\)'), (dict(n_layer=0), r'n_layer \(0\)'),
     (dict(send='nothing'), r"send \('nothing'\) must be one of full, local"), (dict(send='local', exact_local=False), 'send=local'),
-    (dict(basis='rotated', generator='principal', rank_k=0.5, rank_v=0.9), 'generator=principal needs'),
 ))
 def test_bad_configurations_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
@@ -1101,7 +1089,7 @@ def test_outer_step(reference_run, tmp_path):
     (['--block_size=1000'], r'block_size \(1000\) must be a multiple of n_chunks \(16\)'),
     (['--block_size=eight'], "--block_size: invalid int value: 'eight'"), (['--send=some'], "--send: invalid choice: 'some'"),
     (['--compile=maybe'], "'maybe' is neither True nor False"), (['--cp=2'], r'world size \(1\) must be a multiple of cp \(2\)'),
-    (['--topk=0.2'], '--topk does nothing with --send=subspace'), (['--exp=exact'], '--exp does nothing with --basis=learned'),
+    (['--topk=0.2'], '--topk does nothing with --send=subspace'), (['--theta_clip=1'], '--theta_clip does nothing with --basis=learned'),
     (['--send=full', '--rank_k=0.1'], '--rank_k does nothing with --send=full'),
     (['--unplug_at=50'], r'unplug_at \(50\) must be between warm_start \(50\) and max_iters \(250\)'),
     (['--send=full', '--unplug_at=60'], '--unplug_at does nothing with --send=full: it needs --send=local or topk or subspace'),
@@ -1142,7 +1130,7 @@ def test_flags():
     assert (c.n_layer, c.n_embd, c.n_head, c.block_size, c.compile, c.rank_k) == (8, 2048, 8, 4096, True, 0.1)
     assert (c.basis, c.exact_local, c.joint_kv, c.generator, c.compress_last, c.sync_every) == (
         'rotated', False, False, 'frobenius', False, 200)
-    assert (c.theta_clip, c.exp, c.n_generators, c.rank_v, c.warm_basis) == (0.5, 'taylor', 1, 0.05, 'weights')
+    assert (c.theta_clip, c.n_generators, c.rank_v, c.warm_basis, c.warm_send) == (0.5, 1, 0.05, 'weights', 'full')
     assert checkpoint is None
     with pytest.raises(ValueError, match=r'n_chunks \(16\) must be a multiple of 2 \* cp \(6\): change --n_chunks or --cp'):
         zigzag(16, 3, 0)
@@ -1501,7 +1489,7 @@ def random_configuration(rng):
     for name, choices in {
             'wire_dtype': ('compute', 'bf16', 'int8', 'int4'), 'grad_wire_dtype': ('compute', 'compute', 'int8', 'int4'), 'exact_local': (True, False),
             'joint_kv': (True, False), 'basis': ('fixed', 'rotated', 'learned'), 'rank_k': (0.01, 0.1, 1.0), 'rank_v': (0.05, 0.3, 1.0),
-            'generator': ('frobenius', 'spectral', 'principal'), 'n_generators': (1, 2), 'exp': ('taylor', 'exact'), 'theta_clip': (0.0, 0.5),
+            'generator': ('frobenius', 'spectral'), 'n_generators': (1, 2), 'theta_clip': (0.0, 0.5),
             'topk': (0.05, 0.5, 1.0), 'interleave': (True, False), 'compress_last': (True, False), 'warm_basis': ('activations', 'weights'),
             'unplug_at': (0, 1), 'sync_basis_every': (0, 1), 'sync_dtype': ('param', 'bf16'), 'outer_momentum': (0.0, 0.5), 'basis_lr': (0.1, 1.0), 'warm_send': ('local', 'full')}.items():
         if rng.random() < 0.3 and (name not in ('sync_dtype', 'outer_momentum') or flags['sync_every'] > 1) and (

@@ -73,9 +73,8 @@ FLAGS = [
     ('basis', 'learned', 'fixed, learned (a trained parameter), or rotated (the paper: by the mean of the chunk)'),
     ('rank_k', 0.08, 'numbers sent for a key, as a fraction of its width'),
     ('rank_v', 0.2, 'numbers sent for a value, as a fraction of its width'),
-    ('generator', 'frobenius', 'of the rotation: random with frobenius or spectral norm 1, or principal (see README)'),
+    ('generator', 'frobenius', 'of the rotation: random, with frobenius (the paper) or spectral norm 1'),
     ('n_generators', 1, 'how many generators, that is numbers in theta'),
-    ('exp', 'taylor', 'the exponential of the rotation: taylor (second order) or exact'),
     ('theta_clip', 0.5, 'largest |theta|; 0: not clipped'),
     ('topk', 0.1, 'fraction of entries that send=topk keeps'),
     ('interleave', False, "the front and back half of a rank's tokens take turns: one computes while the other travels"),
@@ -131,7 +130,7 @@ PRESETS = {
 METHODS = {
     'ours': {},
     'paper': dict(basis='rotated', joint_kv=False, exact_local=False, generator='frobenius', n_generators=1,
-                  exp='taylor', theta_clip=0.5, rank_k=0.02, rank_v=0.05, wire_dtype='compute', compress_last=False,
+                  theta_clip=0.5, rank_k=0.02, rank_v=0.05, wire_dtype='compute', compress_last=False,
                   warm_send='full', warm_basis='weights', basis_lr=1.0, sync_every=200),
 }
 
@@ -147,7 +146,7 @@ NEEDS = {**dict.fromkeys(('compress_last', 'unplug_at'), {'send': LOSSY}), 'inte
          **dict.fromkeys(('wire_dtype', 'grad_wire_dtype'), {'send': ('full', 'topk', 'subspace')}),
          **dict.fromkeys(('warm_start', 'warm_send'), {'send': ('full', 'topk', 'subspace')}),
          **dict.fromkeys(('basis', 'joint_kv', 'rank_k', 'rank_v', 'warm_basis'), {'send': ('subspace',)}),
-         **dict.fromkeys(('generator', 'n_generators', 'exp', 'theta_clip'),
+         **dict.fromkeys(('generator', 'n_generators', 'theta_clip'),
                          {'send': ('subspace',), 'basis': ('rotated',)}),
          **dict.fromkeys(('basis_lr', 'sync_basis_every'), {'send': ('subspace',), 'basis': ('learned', 'rotated')}),
          'topk': {'send': ('topk',)}, 'tflops': {'plan': (True,)},
