@@ -923,7 +923,7 @@ def test_life_of_the_compressor(tmp_path, monkeypatch):
 
 
 def test_warm_start(tmp_path):
-    """Before it ends every chunk is on its own (or nothing is compressed), whatever is sent then."""
+    """Before it ends every chunk is on its own (or nothing is compressed), whatever is sent later."""
     def losses(*argv):
         argv = '--block_size=64', '--n_chunks=4', '--n_layer=1', '--n_embd=32', '--max_iters=5', '--log_interval=1', '--eval_iters=1', *argv
         return [r['loss'] for r in train.main([*argv, '--sample_tokens=0', '--dtype=float64', f'--out_dir={tmp_path}'])['records'][:-1]]
@@ -1098,7 +1098,9 @@ def test_outer_step(reference_run, tmp_path):
     (['--block_size=1600000'], r'block_size \(1600000\) must be below the length of the validation data'),
     (['--warm_start=500'], r'warm_start \(500\) must be below max_iters \(250\)'),
     (['--send=full', '--warm_send=full', '--warm_start=5'], r'warm_start \(5\) does nothing with --send=full and --warm_send=full'),
-    (['--send=full', '--warm_send=local'], '--warm_send does nothing with --warm_start=0'), (['--send=local', '--warm_start=5'], '--warm_start does nothing'), (['--batch_size=0'], r'batch_size \(0\)'),
+    (['--send=full', '--warm_send=local'], '--warm_send does nothing with --warm_start=0'),
+    (['--warm_start=0', '--warm_basis=weights'], '--warm_basis does nothing with --warm_start=0'),
+    (['--send=local', '--warm_start=5'], '--warm_start does nothing with --send=local'), (['--batch_size=0'], r'batch_size \(0\)'),
     (['--data=no/such/file'], "no file matches 'no/such/file'"), (['--init_from=resume'], 'there is no .*ckpt.pt'),
     (['--send=full', '--interleave'], '--interleave does nothing with --send=full'), (['--tflops=1'], '--tflops does nothing with --plan'),
     (['--send=local', '--wire_dtype=int8'], '--wire_dtype does nothing with --send=local'), (['--link_mbps=-1'], r'link_mbps \(-1.0\)'),

@@ -135,19 +135,17 @@ METHODS = {
 }
 
 CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS), 'init_from': ('scratch', 'resume', 'auto'),
-           'warm_send': ('local', 'full'), 'warm_basis': ('activations', 'weights'), 'sync_dtype': ('param', 'bf16'), 'device': ('auto', 'cpu', 'cuda'),
-           'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
+           'warm_send': ('local', 'full'), 'warm_basis': ('activations', 'weights'), 'sync_dtype': ('param', 'bf16'),
+           'device': ('auto', 'cpu', 'cuda'), 'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, by the vendor's datasheets, for the MFU
 
 # A flag on the command line that would do nothing is an error: flag -> the values of others it needs
 LOSSY = ('local', 'topk', 'subspace')
 NEEDS = {**dict.fromkeys(('compress_last', 'unplug_at'), {'send': LOSSY}), 'interleave': {'send': ('topk', 'subspace')},
-         **dict.fromkeys(('wire_dtype', 'grad_wire_dtype'), {'send': ('full', 'topk', 'subspace')}),
-         **dict.fromkeys(('warm_start', 'warm_send'), {'send': ('full', 'topk', 'subspace')}),
+         **dict.fromkeys(('wire_dtype', 'grad_wire_dtype', 'warm_start', 'warm_send'), {'send': ('full', 'topk', 'subspace')}),
          **dict.fromkeys(('basis', 'joint_kv', 'rank_k', 'rank_v', 'warm_basis'), {'send': ('subspace',)}),
-         **dict.fromkeys(('generator', 'n_generators', 'theta_clip'),
-                         {'send': ('subspace',), 'basis': ('rotated',)}),
+         **dict.fromkeys(('generator', 'n_generators', 'theta_clip'), {'send': ('subspace',), 'basis': ('rotated',)}),
          **dict.fromkeys(('basis_lr', 'sync_basis_every'), {'send': ('subspace',), 'basis': ('learned', 'rotated')}),
          'topk': {'send': ('topk',)}, 'tflops': {'plan': (True,)},
          'link_mbps': {'plan': (False,)}, 'latency_ms': {'plan': (False,)}}
@@ -254,8 +252,8 @@ def parse_config(argv):
         c.warm_start = 0
     if c.warm_start and c.send == c.warm_send == 'full':
         fail(f'warm_start ({c.warm_start}) does nothing with --send=full and --warm_send=full: leave out --warm_start or --warm_send')
-    for name in {'warm_send', 'warm_basis'} & given.keys():
-        if not c.warm_start:
+    for name in ('warm_send', 'warm_basis'):
+        if name in given and not c.warm_start:
             fail(f'--{name} does nothing with --warm_start=0: raise --warm_start')
     c.sync_basis_every = c.sync_basis_every or c.sync_every
     if c.sync_basis_every > c.sync_every:
