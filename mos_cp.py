@@ -562,11 +562,12 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """
-        Forward and backward: 6 per parameter, and for causal attention over T = block_size tokens
-        6 T n_embd per layer (12 T n_embd if nothing were masked; Chowdhery et al. 2022, appendix B).
+        Forward and backward: 6 per parameter, and for causal attention over T tokens 6 T n_embd per layer (12 T n_embd if
+        nothing were masked; Chowdhery et al. 2022, appendix B). T is block_size, or a chunk while nothing is sent.
         """
         c = self.config
-        return 6 * self.get_num_params() + 6 * c.n_layer * c.n_embd * c.block_size
+        spans = (c.chunk_size if comp.send == 'local' else c.block_size for comp in self.compressors)
+        return 6 * self.get_num_params() + 6 * c.n_embd * sum(spans)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
         """

@@ -190,7 +190,7 @@ class Meter:
     """
     Bytes sent and received by this rank; hops: exchanges made. fwd, bwd: handed to torch.distributed by the
     ring; sync: the all-reduces of weights or gradients, 2 (N - 1) / N of the tensors' size each way, which is what
-    an all-reduce over N ranks costs each of them at least (Patarasuk and Yuan 2009).
+    an all-reduce over N ranks costs each of them at least (Patarasuk and Yuan 2009), and the broadcast of the bases.
     """
     sent_fwd: int = 0
     sent_bwd: int = 0
@@ -267,8 +267,9 @@ class Ring:
                 left = self.link.when_computed(tensors[0].device, leave)
             # receives first: gloo sends only once it knows that the receiver is ready, and that news must not queue up
             # behind our own data (posted the other way round, both directions of a late exchange run one after the other)
-            works = dist.batch_isend_irecv([dist.P2POp(dist.irecv, t, source, self.group) for t in received]
-                                           + [dist.P2POp(dist.isend, t, to, self.group) for t in tensors])
+            # as bytes: NCCL does not know all dtypes
+            works = dist.batch_isend_irecv([dist.P2POp(dist.irecv, t.view(torch.uint8), source, self.group) for t in received]
+                                           + [dist.P2POp(dist.isend, t.view(torch.uint8), to, self.group) for t in tensors])
 
         def wait():
             if self.link.dialled:
@@ -318,7 +319,8 @@ def broadcast(tensors, ring):
         with waiting('rank 0', 'the broadcast of the bases'):
             for t in tensors:
                 dist.broadcast(t.detach(), 0)
-        ring.meter.count('sync', n_bytes, n_bytes)
+        first = dist.get_rank() == 0
+        ring.meter.count('sync', n_bytes * first, n_bytes * (not first))
         link = ring.link
         link.sleep_until(link.receive(n_bytes, link.send(n_bytes, link.clock())))
 

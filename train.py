@@ -114,7 +114,7 @@ FLAGS = [
     ('latency_ms', 0.0, 'and that a message takes this long one way besides, in milliseconds (gloo adds its own handshake)'),
     ('plan', False, 'print what crosses the wire, and how long that takes on which link, for --cp ranks (0: 8); no training'),
     ('tflops', 370.0, 'for --plan: what a rank computes, in TFLOP/s; 370: measured, an H100 with the 800m preset'),
-    ('timeout_s', 60, 'seconds after which a rank that waits for a silent peer gives up'),
+    ('timeout_s', 60, 'seconds after which a rank that waits for a silent peer gives up (in the ring and in syncs, not while saving)'),
 ]
 
 PRESETS = {
@@ -162,6 +162,7 @@ RUN_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'ti
 
 CHECKPOINT = ('model', 'optimizer', 'config', 'model_args', 'iter_num', 'best_val_loss', 'seconds', 'outer')  # what it holds
 START_S = 300  # seconds that ranks may start apart: a machine may still be reading its data
+SAVE_S = 600  # seconds that writing a checkpoint may take
 
 
 def fail(message):
@@ -210,8 +211,8 @@ def parse_config(argv):
         key = unknown[0].split('=')[0]
         near = difflib.get_close_matches(key.lstrip('-'), [name for name, _, _ in FLAGS], n=1, cutoff=0)
         fail(f'unknown argument {key}; the nearest flag is --{near[0]}')
-    given, checkpoint = vars(given), None
-    config = {name: default for name, default, _ in FLAGS}
+    given, checkpoint, defaults = vars(given), None, {name: default for name, default, _ in FLAGS}
+    config = dict(defaults)
     config.update(PRESETS[given.get('preset', config['preset'])])
     config.update(METHODS[given.get('method', config['method'])])
     path = Path(given.get('out_dir', config['out_dir'])) / 'ckpt.pt'
@@ -222,24 +223,31 @@ def parse_config(argv):
         older = [name for name in MODEL_FLAGS if name not in saved]
         if older:
             fail(f'--init_from={how}: {path} is of an older version of this code, which had no --{older[0]}')
+        for name in ('wire_dtype', 'n_kv_head', 'n_ff', 'vocab_size'):  # whose default stands for what came of it
+            if given.get(name) == defaults[name]:
+                del given[name]
         for name in (*MODEL_FLAGS, 'preset', 'method'):
             if given.get(name, saved[name]) != saved[name]:
                 fail(f'--{name}={given[name]} differs from the checkpoint, which has {saved[name]}')
         config.update(saved)
+        warm_start = given.get('warm_start', saved['warm_start'])
+        if saved['send'] == 'subspace' and warm_start < checkpoint['iter_num'] <= saved['warm_start']:
+            fail(f"warm_start ({warm_start}) must be at least {checkpoint['iter_num']}, the checkpoint's iteration, as its warm start (of "
+                 f"{saved['warm_start']}) is not over: change --warm_start")
     config.update(given)
     for name, needs in NEEDS.items():
         for flag, values in needs.items():
             if name in given and config[flag] not in values:
                 fail(f'--{name} does nothing with --{flag}={config[flag]}: it needs --{flag}={" or ".join(map(str, values))}')
     for name, lowest in LOWEST.items():
-        if config[name] < lowest:
+        if not config[name] >= lowest:  # nan is not
             fail(f'{name} ({config[name]}) must be at least {lowest}: change --{name}')
     c = argparse.Namespace(**config)
     if c.wire_dtype == 'auto':
         c.wire_dtype = 'int8' if c.send == 'subspace' else 'compute'
     if 'exact_local' in given and c.send == 'full' and c.wire_dtype == 'compute':
         fail('--exact_local does nothing with --send=full and --wire_dtype=compute, where all is exact: change one of them')
-    if max(c.beta1, c.beta2) >= 1:
+    if not (c.beta1 < 1 and c.beta2 < 1):
         fail(f'beta1 ({c.beta1}) and beta2 ({c.beta2}) must be below 1: change --beta1 or --beta2')
     if c.method == 'paper' and c.send != 'subspace':
         fail(f'--method=paper sends subspaces, not --send={c.send}: leave out one of the two')
@@ -255,7 +263,6 @@ def parse_config(argv):
     for name in ('warm_send', 'warm_basis'):
         if name in given and not c.warm_start:
             fail(f'--{name} does nothing with --warm_start=0: raise --warm_start')
-    c.sync_basis_every = c.sync_basis_every or c.sync_every
     if c.sync_basis_every > c.sync_every:
         fail(f'sync_basis_every ({c.sync_basis_every}) must be at most sync_every ({c.sync_every}): change one of them')
     for name in ('sync_dtype', 'outer_lr', 'outer_momentum'):
@@ -342,7 +349,7 @@ def load_data(data, val_data='', out_dir='out'):
 def check_data(what, shards, block_size, vocab_size):
     """
     Raises ValueError if no shard holds block_size + 1 tokens, or a token is outside vocab_size (0: any will do).
-    Returns the vocabulary of the data: 256 for bytes, else the largest token + 1.
+    Returns the vocabulary of the data: the largest token + 1, for bytes 256 at least.
     """
     longest = max(map(len, shards))
     if longest <= block_size:
@@ -351,7 +358,7 @@ def check_data(what, shards, block_size, vocab_size):
     largest = max(int(s.max()) for s in shards if len(s))
     if vocab_size and largest >= vocab_size:
         raise ValueError(f'the {what} data has token {largest}, outside vocab_size ({vocab_size}): change --vocab_size')
-    return 256 if shards[0].dtype == np.uint8 else largest + 1
+    return max([largest + 1] + [256 for s in shards if s.dtype == np.uint8])
 
 
 def get_batch(shards, batch_size, block_size, rng):
@@ -405,7 +412,7 @@ def plan(c):
     full = dict(send='full', wire_dtype='compute', grad_wire_dtype='same')
     others = {'`--send=full`': full, '`--send=topk`': dict(full, send='topk'),
               '`--send=full`, int4 both ways': dict(full, wire_dtype='int4'),
-              '`--method=paper`': dict(full, send='subspace', interleave=False, **METHODS['paper'], sync_basis_every=200),
+              '`--method=paper`': dict(full, send='subspace', interleave=False, **METHODS['paper'], sync_basis_every=0),
               '**this configuration**': {}}
     if c.n_layer == 1:  # the paper leaves out the last layer
         del others['`--method=paper`']
@@ -421,7 +428,7 @@ def plan(c):
         bases = sum(p.nbytes for name, p in model.named_parameters() if 'compressor' in name)
         weights = sum(p.nbytes for p in model.parameters()) - bases
         weights /= 2 if o.sync_every > 1 and o.sync_dtype == 'bf16' else 1
-        sync = 2 * (P - 1) / P * (weights / o.sync_every + bases / o.sync_basis_every)
+        sync = 2 * (P - 1) / P * (weights / o.sync_every + bases / (o.sync_basis_every or o.sync_every))
         compute = compute or model.flops_per_token() * c.block_size * n_sequences / P / c.tflops / 1e12
         rows[name] = fwd, bwd, sync
     n_tokens, widest = n_sequences * c.block_size, max(map(len, rows))
@@ -482,9 +489,9 @@ def learning_rate(it, c):
 def load_optimizer(optimizer, state):
     """An optimizer's saved state, but not its options: those are this run's."""
     options = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, options):
-        group.update(own)
+    # before loading: whether it is fused decides on which device its steps are counted
+    groups = [{**saved, **own} for saved, own in zip(state['param_groups'], options)]
+    optimizer.load_state_dict({**state, 'param_groups': groups})
 
 
 def save_checkpoint(path, checkpoint):
@@ -579,7 +586,8 @@ def main(argv=None):
         interrupted.append(True)
         print('train.py: interrupted; this iteration is finished and saved first (once more: stop at once)', file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, before)  # the second Ctrl-C ends it at once
-    if threading.current_thread() is threading.main_thread():
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only there may a handler be set
+    if in_main_thread:
         signal.signal(signal.SIGINT, note_interrupt)
     try:
         return run(argv, interrupted)
@@ -591,7 +599,8 @@ def main(argv=None):
         time.sleep(1)  # for the others to read the store
         os._exit(1)  # taking down groups whose members are gone can hang
     finally:
-        signal.signal(signal.SIGINT, before)
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)
 
 
 def run(argv, interrupted):
@@ -624,7 +633,7 @@ def run(argv, interrupted):
             train_data, val_data = load_data(c.data, c.val_data, out_dir)
             vocab_size = max(check_data('training', train_data, c.block_size, c.vocab_size),
                              check_data('validation', val_data, c.block_size, c.vocab_size))
-            c.vocab_size = c.vocab_size or (256 if c.data == 'stdlib' else vocab_size)
+            c.vocab_size = c.vocab_size or max(vocab_size, 256 if c.data == 'stdlib' else 0)
         config = GPTConfig(**{name: getattr(c, name) for name in MODEL_FLAGS})
         zigzag(config.n_chunks, cp, 0)
         if master or c.sync_every > 1:
@@ -689,9 +698,8 @@ def run(argv, interrupted):
     anchors = [p.detach().clone() for p in weights] if c.sync_every > 1 else []  # the weights after the last sync
     outer = torch.optim.SGD(anchors, c.outer_lr, c.outer_momentum, nesterov=c.outer_momentum > 0) if anchors else None
     own_files = f'ckpt_rank{rank}.{{}}.pt'  # with sync_every > 1 every rank's AdamW has its own moments; {}: iter_num
-    if checkpoint and outer:
-        if checkpoint['outer']:
-            load_optimizer(outer, checkpoint['outer'])
+    if outer and checkpoint and checkpoint['outer']:
+        load_optimizer(outer, checkpoint['outer'])
         own_path = out_dir / own_files.format(iter_num)
         own = load_checkpoint(own_path, ('optimizer', 'world_size')) if own_path.exists() else {}
         if own.get('world_size') == world_size:
@@ -773,17 +781,27 @@ def run(argv, interrupted):
         torch._foreach_copy_(weights, anchors)
         average(bases, ring)
 
+    def all_saved(what, saved):
+        """Whether `saved` on all ranks. Through the store: a large file may take longer than a silent peer is waited for."""
+        if world_size == 1:
+            return saved
+        keys = [f'{what} {iter_num}/{other}' for other in range(world_size)]
+        with waiting('all other ranks', 'saving a checkpoint'):
+            store.set(keys[rank], str(saved))
+            store.wait(keys, timedelta(seconds=SAVE_S))
+            return all(store.get(key) == b'True' for key in keys)
+
     def save():
         """A checkpoint of this moment, by all ranks or by none: until ckpt.pt is in its place, all that the one before needs stays."""
         saved = not outer or save_checkpoint(out_dir / own_files.format(iter_num), {
             'optimizer': optimizer.state_dict(), 'world_size': world_size})
-        saved = mean_over_ranks(saved, 1) == 1
+        saved = all_saved('own', saved)
         if saved and master:
             saved = save_checkpoint(out_dir / 'ckpt.pt', {
                 'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
                 'model_args': {name: getattr(c, name) for name in MODEL_FLAGS}, 'iter_num': iter_num,
                 'best_val_loss': best_val_loss, 'seconds': seconds, 'outer': outer.state_dict() if outer else None})
-        if outer and mean_over_ranks(saved, 1) == 1:
+        if all_saved('ckpt', saved) and outer:
             for path in set(out_dir.glob(own_files.format('*'))) - {out_dir / own_files.format(iter_num)}:
                 path.unlink()
 
@@ -835,7 +853,7 @@ def run(argv, interrupted):
     bar = tqdm(total=c.max_iters, initial=iter_num, disable=not (master and sys.stderr.isatty()))
     while True:
         validating = iter_num % c.eval_interval == 0 or iter_num >= c.max_iters or c.eval_only
-        ending_warm_start = iter_num == c.warm_start > 0 and c.send == 'subspace' and not c.eval_only
+        ending_warm_start = iter_num == c.warm_start > 0 and c.send == 'subspace'
         start = time.perf_counter()
         meter.reset()
         if c.sync_every > 1 and iter_num > last_sync and (validating or ending_warm_start or stopping):
@@ -909,7 +927,7 @@ def run(argv, interrupted):
         if c.sync_every > 1 and iter_num % c.sync_every == 0:
             sync_weights()
             last_sync = iter_num
-        elif c.sync_every > 1 and iter_num % c.sync_basis_every == 0:
+        elif c.sync_every > 1 and iter_num % (c.sync_basis_every or c.sync_every) == 0:
             average(bases, ring)
         bar.update()
         received += meter.received_fwd + meter.received_bwd
