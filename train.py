@@ -243,9 +243,7 @@ def parse_config(argv):
         if not config[name] >= lowest:  # nan is not
             fail(f'{name} ({config[name]}) must be at least {lowest}: change --{name}')
     c = argparse.Namespace(**config)
-    if c.wire_dtype == 'auto':
-        c.wire_dtype = 'int8' if c.send == 'subspace' else 'compute'
-    if 'exact_local' in given and c.send == 'full' and c.wire_dtype == 'compute':
+    if 'exact_local' in given and c.send == 'full' and c.wire_dtype in ('auto', 'compute'):
         fail('--exact_local does nothing with --send=full and --wire_dtype=compute, where all is exact: change one of them')
     if not (c.beta1 < 1 and c.beta2 < 1):
         fail(f'beta1 ({c.beta1}) and beta2 ({c.beta2}) must be below 1: change --beta1 or --beta2')
@@ -644,7 +642,7 @@ def run(argv, interrupted):
         fail(e)
     except OSError as e:
         fail(f'{e.filename} cannot be read or made ({e.strerror}): change --data, --val_data or --out_dir')
-    c.n_kv_head, c.n_ff = config.n_kv_head, config.n_ff  # 0 stands for a default
+    c.n_kv_head, c.n_ff, c.wire_dtype = config.n_kv_head, config.n_ff, config.wire_dtype  # 0 or auto stood for a default
     device, note = pick_device(c.device, local_rank, local_world_size)
     default = 'bfloat16' if device.type == 'cuda' else 'float32'
     dtype = getattr(torch, default if c.dtype == 'auto' else c.dtype)
