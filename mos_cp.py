@@ -222,9 +222,8 @@ class Compressor(nn.Module):
 
     @property
     def exact_local(self):
-        if self.send == 'local':
-            return True
-        return self.config.exact_local and not (self.send == 'full' and self.wire_dtype() == 'compute')
+        exact = self.send == 'full' and self.wire_dtype() == 'compute'  # as everything is
+        return self.send == 'local' or self.config.exact_local and not exact
 
     @property
     def keep(self):

@@ -925,23 +925,23 @@ def test_life_of_the_compressor(tmp_path, monkeypatch):
             life.append(self.compressors[0].send)
         return forward(self, *args, **kwargs)
     monkeypatch.setattr(GPT, 'forward', noting)
-    monkeypatch.setattr(GPT, 'set_bases', lambda self, moments: (life.append('start'), set_bases(self, moments)))
+    monkeypatch.setattr(GPT, 'set_bases', lambda self, moments: (life.append(f'start, {self.compressors[0].send}'), set_bases(self, moments)))
     small_run(tmp_path, '--gradient_accumulation_steps=1', '--unplug_at=7', '--warm_basis=weights')
-    assert life == ['local'] * 3 + ['start'] + ['subspace'] * 4 + ['full'] * 5
+    assert life == ['local'] * 3 + ['start, local'] + ['subspace'] * 4 + ['full'] * 5
 
 
 def test_warm_start(tmp_path):
     """Before it ends every chunk is on its own (or nothing is compressed), whatever is sent later."""
-    def losses(*argv):
+    def run(*argv):
         argv = '--block_size=64', '--n_chunks=4', '--n_layer=1', '--n_embd=32', '--max_iters=5', '--log_interval=1', '--eval_iters=1', *argv
         return [r['loss'] for r in train.main([*argv, '--sample_tokens=0', '--dtype=float64', f'--out_dir={tmp_path}'])['records'][:-1]]
-    local, full = losses('--send=local'), losses('--send=full')
+    local, full = run('--send=local'), run('--send=full')
     assert local[0] != full[0]
     for argv in (['--send=full'], ['--send=topk'], [], ['--exact_local=False'], ['--interleave']):
-        warm = losses('--warm_start=3', *argv)
+        warm = run('--warm_start=3', *argv)
         assert warm[:3] == pytest.approx(local[:3], rel=1e-12) and warm[3:] != pytest.approx(local[3:], rel=1e-6), argv
     for argv in (['--send=topk'], [], ['--interleave']):
-        warm = losses('--warm_start=3', '--warm_send=full', *argv)
+        warm = run('--warm_start=3', '--warm_send=full', *argv)
         assert warm[:3] == pytest.approx(full[:3], rel=1e-12) and warm[3:] != pytest.approx(full[3:], rel=1e-6), argv
 
 
@@ -958,7 +958,8 @@ def test_bf16_trains(tmp_path, reference_run):
 
 
 def test_resume_is_bit_equal(reference_run, tmp_path):
-    small_run(tmp_path, '--max_iters=6')
+    with ThreadPoolExecutor(1) as pool:  # in another thread, where no signal can be handled
+        pool.submit(small_run, tmp_path, '--max_iters=6').result()
     with open(tmp_path / 'log.jsonl', 'a') as f:
         f.write('{"iter": 7, "lo')  # as a killed run leaves it
     resumed = small_run(tmp_path, '--init_from=resume', '--n_ff=0', '--vocab_size=0', '--n_kv_head=0')  # the defaults, spelt out
@@ -981,6 +982,9 @@ def test_resume_with_other_options(reference_run, tmp_path):
         assert (found != pytest.approx(expected, rel=1e-6)) == changes, (flag, found, expected)
     checkpoint = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
     assert checkpoint['config']['sync_basis_every'] == 0  # as given: it follows sync_every, should that change
+    argv = '--init_from=resume', '--warm_start=12', '--max_iters=14'  # as if interrupted just when the warm start was over
+    evaluated = small_run(tmp_path, *argv, '--eval_only')['val_loss']
+    assert evaluated == small_run(tmp_path, *argv)['records'][0]['val_loss'] != found
     checkpoint['config']['warm_start'] = 20
     torch.save(checkpoint, tmp_path / 'ckpt.pt')
     with pytest.raises(SystemExit, match=r"warm_start \(3\) must be at least 12, the checkpoint's iteration"):
@@ -1120,7 +1124,8 @@ def test_outer_step(reference_run, tmp_path):
     (['--unplug_at=50'], r'unplug_at \(50\) must be between warm_start \(50\) and max_iters \(250\)'),
     (['--send=full', '--unplug_at=60'], '--unplug_at does nothing with --send=full: it needs --send=local or topk or subspace'),
     (['--method=paper', '--send=topk'], '--method=paper sends subspaces, not --send=topk'), (['--beta2=1'], r'beta2 \(1.0\)'),
-    (['--seed=-1'], r'seed \(-1\) must be at least 0'), (['--learning_rate=nan'], r'learning_rate \(nan\) must be at least 0'), (['--compress_last=False', '--n_layer=1'], 'nothing to compress'),
+    (['--seed=-1'], r'seed \(-1\) must be at least 0'), (['--learning_rate=nan'], r'learning_rate \(nan\) must be at least 0'),
+    (['--sync_basis_every=1'], '--sync_basis_every does nothing with --sync_every=1'), (['--compress_last=False', '--n_layer=1'], 'nothing to compress'),
     (['--block_size=1600000'], r'block_size \(1600000\) must be below the length of the validation data'),
     (['--warm_start=500'], r'warm_start \(500\) must be below max_iters \(250\)'),
     (['--send=full', '--warm_send=full', '--warm_start=5'], r'warm_start \(5\) does nothing with --send=full and --warm_send=full'),
@@ -1523,8 +1528,9 @@ def random_configuration(rng):
             'joint_kv': (True, False), 'basis': ('fixed', 'rotated', 'learned'), 'rank_k': (0.01, 0.1, 1.0), 'rank_v': (0.05, 0.3, 1.0),
             'generator': ('frobenius', 'spectral'), 'n_generators': (1, 2), 'theta_clip': (0.0, 0.5),
             'topk': (0.05, 0.5, 1.0), 'interleave': (True, False), 'compress_last': (True, False), 'warm_basis': ('activations', 'weights'),
-            'unplug_at': (0, 1), 'sync_basis_every': (0, 1), 'sync_dtype': ('param', 'bf16'), 'outer_momentum': (0.0, 0.5), 'basis_lr': (0.1, 1.0), 'warm_send': ('local', 'full')}.items():
-        if rng.random() < 0.3 and (name not in ('sync_dtype', 'outer_momentum') or flags['sync_every'] > 1) and (
+            'unplug_at': (0, 1), 'sync_basis_every': (0, 1), 'sync_dtype': ('param', 'bf16'), 'outer_momentum': (0.0, 0.5), 'basis_lr': (0.1, 1.0),
+            'warm_send': ('local', 'full')}.items():
+        if rng.random() < 0.3 and (name not in ('sync_basis_every', 'sync_dtype', 'outer_momentum') or flags['sync_every'] > 1) and (
                 not name.startswith('warm') or flags['warm_start']):
             flags[name] = one(*choices)
     for name in list(flags):  # what would do nothing is refused; that is tested apart

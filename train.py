@@ -263,8 +263,8 @@ def parse_config(argv):
             fail(f'--{name} does nothing with --warm_start=0: raise --warm_start')
     if c.sync_basis_every > c.sync_every:
         fail(f'sync_basis_every ({c.sync_basis_every}) must be at most sync_every ({c.sync_every}): change one of them')
-    for name in ('sync_dtype', 'outer_lr', 'outer_momentum'):
-        if c.sync_every == 1 and name in given:
+    for name in ('sync_basis_every', 'sync_dtype', 'outer_lr', 'outer_momentum'):
+        if c.sync_every == 1 and given.get(name, defaults[name]) != defaults[name]:
             fail(f'--{name} does nothing with --sync_every=1, which averages gradients: raise --sync_every')
     if 0 < c.max_iters <= c.warm_start:
         fail(f'warm_start ({c.warm_start}) must be below max_iters ({c.max_iters}), or it never ends: '
@@ -925,7 +925,7 @@ def run(argv, interrupted):
         if c.sync_every > 1 and iter_num % c.sync_every == 0:
             sync_weights()
             last_sync = iter_num
-        elif c.sync_every > 1 and iter_num % (c.sync_basis_every or c.sync_every) == 0:
+        elif c.sync_every > 1 and c.sync_basis_every and iter_num % c.sync_basis_every == 0:
             average(bases, ring)
         bar.update()
         received += meter.received_fwd + meter.received_bwd
