@@ -1,36 +1,40 @@
 """
-The arithmetic: block attention with its log-sum-exp, the merge of two partial attentions, rotary
-embedding, and the two small products that compress and rebuild keys and values.
+The arithmetic: attention of queries over one block of keys and the merge of several such blocks,
+rotary embedding, the paper's rotation of a basis, and rounding to 8 or 4 bits.
 
-Nothing here knows of processes. ring.py calls these functions once per block that arrives;
-`fuse()` hands the elementwise and small ones to torch.compile (train.py --compile).
+Nothing here knows of processes or models. Everywhere the sequence is dimension 1: q, k, v and out
+are (B, T, H, hd), lse is (B, T, H); only the wrappers of PyTorch's attention kernels transpose.
 """
 import functools
+import inspect
+from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 aten = torch.ops.aten
 
 
 def accumulation_dtype(dtype):
-    """float32 at least: bf16 sums over many hops lose the small terms; float64 stays float64."""
+    """float32 at least: bf16 sums over many blocks lose small terms; float64 stays float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 # -----------------------------------------------------------------------------
-# Block attention: queries against one block of keys, with the log-sum-exp that lets blocks be merged.
-# Every backend is a pair
-#     forward (q, k, v, causal) -> out, lse
+# One attention kernel: queries against keys, with the log-sum-exp by which blocks are merged.
+# Each is a pair, in PyTorch's own layout (B, H, T, hd),
+#     forward (q, k, v, causal) -> out, lse (B, H, T)
 #     backward(dout, q, k, v, out, lse, causal) -> dq, dk, dv
-# where out and lse in `backward` are those of the *whole* softmax, over all blocks: the probabilities
-# exp(q k - lse) are then the global ones, so the gradients of the blocks simply add up.
+# where out and lse in `backward` are those of the *whole* softmax, over all blocks: the
+# probabilities exp(q k - lse) are then the global ones, so the blocks' gradients simply add up.
 
 def _cpu_forward(q, k, v, causal):
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
 
 
 def _cpu_backward(dout, q, k, v, out, lse, causal):
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal)
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, causal)
 
 
 def _cudnn_forward(q, k, v, causal):
@@ -39,9 +43,9 @@ def _cudnn_forward(q, k, v, causal):
 
 
 def _cudnn_backward(dout, q, k, v, out, lse, causal):
-    no_dropout = torch.zeros(2, dtype=torch.int64, device=q.device)  # its seed and offset
+    no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)  # its seed and offset
     return aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse.unsqueeze(-1), no_dropout[0], no_dropout[1], None, None, None,
+        dout, q, k, v, out, lse.unsqueeze(-1), no_dropout, no_dropout, None, None, None,
         q.shape[2], k.shape[2], 0.0, causal)
 
 
@@ -50,13 +54,14 @@ def _flash_forward(q, k, v, causal):
 
 
 def _flash_backward(dout, q, k, v, out, lse, causal):
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
     return aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, no_dropout, no_dropout[0])
+        dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal,
+        no_dropout, no_dropout)
 
 
 def _math_scores(q, k, causal):
-    s = (q @ k.transpose(-2, -1)).to(accumulation_dtype(q.dtype)) * q.shape[-1] ** -0.5  # (B, H, Tq, Tk)
+    s = (q @ k.mT).to(accumulation_dtype(q.dtype)) * q.shape[-1] ** -0.5  # (B, H, Tq, Tk)
     if causal:
         future = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
         s = s.masked_fill(future, float('-inf'))
@@ -72,20 +77,20 @@ def _math_forward(q, k, v, causal):
 def _math_backward(dout, q, k, v, out, lse, causal):
     p = torch.exp(_math_scores(q, k, causal) - lse.unsqueeze(-1))  # (B, H, Tq, Tk)
     delta = (dout * out).to(p.dtype).sum(-1, keepdim=True)  # (B, H, Tq, 1)
-    ds = p * ((dout @ v.transpose(-2, -1)).to(p.dtype) - delta) * q.shape[-1] ** -0.5
+    ds = p * ((dout @ v.mT).to(p.dtype) - delta) * q.shape[-1] ** -0.5
     p, ds = p.to(q.dtype), ds.to(q.dtype)
-    return ds @ k, ds.transpose(-2, -1) @ q, p.transpose(-2, -1) @ dout
+    return ds @ k, ds.mT @ q, p.mT @ dout
 
 
-BACKENDS = {'cudnn': (_cudnn_forward, _cudnn_backward), 'flash': (_flash_forward, _flash_backward),
-            'cpu': (_cpu_forward, _cpu_backward), 'math': (_math_forward, _math_backward)}
+BACKENDS = {'cudnn': (_cudnn_forward, _cudnn_backward), 'cpu': (_cpu_forward, _cpu_backward),
+            'flash': (_flash_forward, _flash_backward), 'math': (_math_forward, _math_backward)}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def attention_backend(device_type, dtype, head_dim):
     """
-    Name of the fastest block attention this device runs, found by trying: 'cudnn' or 'flash' on CUDA
-    in bf16, 'cpu' (PyTorch's CPU flash attention), else 'math', which holds Tq x Tk scores.
+    Name of the fastest attention kernel this device runs, found by trying: 'cudnn' or 'flash' on
+    CUDA in bf16, 'cpu' (PyTorch's flash attention for CPUs), else 'math', which holds all scores.
     """
     if device_type == 'cpu':
         return 'cpu'
@@ -101,86 +106,174 @@ def attention_backend(device_type, dtype, head_dim):
     return 'math'
 
 
-def attention_forward(q, k, v, causal):
+def attention_forward(q, k, v, causal, backend):
     """
-    Softmax attention of q over one block of keys, scaled by 1/sqrt(hd).
+    Softmax attention of q over one set of keys, scaled by 1/sqrt(hd).
 
-    q: (B, H, Tq, hd); k, v: (B, Hkv, Tk, hd), where Hkv divides H (grouped-query attention).
-    causal: query t sees keys 0..t of this block (needs Tq == Tk).
-    Returns out (B, H, Tq, hd) in q's dtype and lse (B, H, Tq), the log of each softmax denominator,
-    float32 at least.
+    q: (B, Tq, H, hd); k, v: (B, Tk, Hkv, hd), where Hkv divides H (grouped-query attention).
+    causal: query t sees keys 0..t (needs Tq == Tk).
+    Returns out (B, Tq, H, hd) in q's dtype and lse (B, Tq, H), the log of each softmax
+    denominator, float32 at least.
     """
-    name = attention_backend(q.device.type, q.dtype, q.shape[-1])
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1 and name != 'cpu':  # the CPU operator takes grouped heads as they are
-        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-    out, lse = BACKENDS[name][0](q, k, v, causal)
-    return out, lse.to(accumulation_dtype(q.dtype))
+    groups = q.shape[2] // k.shape[2]
+    if groups > 1 and backend != 'cpu':  # the CPU's kernel takes grouped heads as they are
+        k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
+    out, lse = BACKENDS[backend][0](*(t.transpose(1, 2) for t in (q, k, v)), causal)
+    return out.transpose(1, 2), lse.transpose(1, 2).to(accumulation_dtype(q.dtype))
 
 
-def attention_backward(dout, q, k, v, out, lse, causal):
+def attention_backward(dout, q, k, v, out, lse, causal, backend):
     """
-    Gradients of `attention_forward` for one block of a larger softmax.
+    Gradients of `attention_forward` for one set of keys out of a larger softmax.
 
-    out (B, H, Tq, hd) and lse (B, H, Tq) are those after merging *all* blocks the queries see.
-    Returns dq (B, H, Tq, hd), dk and dv (B, Hkv, Tk, hd): this block's share of dq, and all of what
-    these queries contribute to dk and dv.
+    out (B, Tq, H, hd) and lse (B, Tq, H) are those after merging *all* keys that the queries see.
+    Returns dq (B, Tq, H, hd), dk and dv (B, Tk, Hkv, hd): these keys' share of dq, and these
+    queries' share of dk and dv.
     """
-    name = attention_backend(q.device.type, q.dtype, q.shape[-1])
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1 and name != 'cpu':
-        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-    dq, dk, dv = BACKENDS[name][1](dout, q, k, v, out, lse.contiguous(), causal)
-    if groups > 1 and name != 'cpu':
-        dk, dv = (t.unflatten(1, (-1, groups)).sum(2) for t in (dk, dv))
+    groups = q.shape[2] // k.shape[2]
+    if groups > 1 and backend != 'cpu':
+        k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
+    dout, q, k, v, out, lse = (t.transpose(1, 2) for t in (dout, q, k, v, out, lse))
+    grads = BACKENDS[backend][1](dout, q, k, v, out, lse.contiguous(), causal)
+    dq, dk, dv = (t.transpose(1, 2) for t in grads)
+    if groups > 1 and backend != 'cpu':
+        dk, dv = (t.unflatten(2, (-1, groups)).sum(3) for t in (dk, dv))
     return dq, dk, dv
+
+
+# -----------------------------------------------------------------------------
+# Attention over a block: several kernels on views of the same tensors
+
+class Call(NamedTuple):
+    """
+    One attention kernel: queries and keys are cut into pieces of `size` tokens; in each piece the
+    tokens `queries` attend to the tokens `keys`.
+    """
+    size: int
+    queries: slice
+    keys: slice
+    causal: bool
+
+
+def cut(x, size, part):
+    """
+    x (B, T, ...) in pieces of `size` tokens, each a sequence of its own, and of each the slice
+    `part`: a view (B * T / size, tokens in part, ...).
+    """
+    return x.view(-1, size, *x.shape[2:])[:, part]
 
 
 def merge(out, lse, block_out, block_lse):
     """
-    Two attentions of the same queries over disjoint keys become the attention over all of them, in place of the first.
+    Two attentions of the same queries over disjoint keys become the attention over all of them, in
+    place of the first. out, block_out: (B, T, H, hd); lse, block_lse: (B, T, H).
 
-    out, block_out: (..., T, hd); lse, block_lse: (..., T). Each output is weighted by its share of the joint softmax
-    denominator; the exponents are <= 0, so nothing overflows.
+    The second's share of the joint softmax denominator is e^b / (e^a + e^b) = sigmoid(b - a), which
+    cannot overflow (as in ring-flash-attention).
     """
-    both = torch.logaddexp(lse, block_lse)
-    out.copy_(out * torch.exp(lse - both).unsqueeze(-1) + block_out * torch.exp(block_lse - both).unsqueeze(-1))
-    lse.copy_(both)
+    share = torch.sigmoid(block_lse - lse).unsqueeze(-1)
+    out.lerp_(block_out.to(out.dtype), share)
+    lse.copy_(torch.logaddexp(lse, block_lse))
 
 
-def accumulate(total, x):
-    """total += x, in total's dtype. torch.compile makes of it one fast kernel where the dtypes or strides differ."""
-    total.add_(x)
+def merge_all(out, lse, parts, calls):
+    """Merge the (out, lse) of every call, in float32 at least."""
+    for (part, part_lse), call in zip(parts, calls):
+        out, lse = out.to(lse.dtype).contiguous(), lse.contiguous()
+        merge(cut(out, call.size, call.queries), cut(lse, call.size, call.queries), part, part_lse)
+    return out, lse
 
 
-def add_up(parts, dtype):
-    """Sum of a tuple of tensors of one shape, added up in float32 at least, in `dtype`."""
-    if len(parts) == 1:
-        return parts[0].to(dtype)
-    return sum(p.to(accumulation_dtype(p.dtype)) for p in parts).to(dtype)
+def add_parts(total, parts, cuts, shape):
+    """
+    total + the sum of parts, each at the place where `cut`, with its (size, slice) of cuts, finds
+    it: float32 at least. total None: zeros. A single part that covers everything stays as it is.
+    """
+    for part, (size, where) in zip(parts, cuts):
+        if total is None and part.numel() == shape.numel():
+            total = part.reshape(shape)
+            continue
+        dtype = accumulation_dtype(part.dtype)
+        if total is None:
+            total = part.new_zeros(shape, dtype=dtype)
+        total = total.to(dtype).contiguous()
+        cut(total, size, where).add_(part)
+    return total
+
+
+def add_all(dq, grads, calls, q, k):
+    """dq, plus every call's, and the sums of dk and dv."""
+    dqs, dks, dvs = zip(*grads)
+    queries = [(call.size, call.queries) for call in calls]
+    keys = [(min(call.size, k.shape[1]), call.keys) for call in calls]
+    dk, dv = (add_parts(None, parts, keys, k.shape).to(k.dtype) for parts in (dks, dvs))
+    return add_parts(dq, dqs, queries, q.shape), dk, dv
+
+
+def block_forward(q, k, v, calls, backend, run, out=None, lse=None):
+    """
+    Attention of q over one block of keys: every call, merged with what earlier blocks have left in
+    out and lse. Without those it is the first block, and its first call covers every query.
+
+    q: (B, T, H, hd); k, v: (B, S, Hkv, hd), S <= T; run: `compiled` or `eager`.
+    Returns out (B, T, H, hd) and lse (B, T, H), float32 at least; after one call alone out has q's
+    dtype.
+    """
+    parts = [attention_forward(cut(q, c.size, c.queries),
+                               *(cut(t, min(c.size, t.shape[1]), c.keys) for t in (k, v)),
+                               c.causal, backend) for c in calls]
+    if out is None:
+        (out, lse), parts, calls = parts[0], parts[1:], calls[1:]
+        out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
+    return run(merge_all)(out, lse, parts, calls) if calls else (out, lse)
+
+
+def block_backward(dout, q, k, v, out, lse, calls, backend, run, dq=None):
+    """
+    Gradients of attention over one block. out, lse: those after *all* blocks. dq: the sum over
+    earlier blocks, or None. Returns dq, with this block's share, and the block's dk and dv
+    (B, S, Hkv, hd).
+    """
+    grads = [attention_backward(*(cut(t, c.size, c.queries) for t in (dout, q)),
+                                *(cut(t, min(c.size, t.shape[1]), c.keys) for t in (k, v)),
+                                *(cut(t, c.size, c.queries) for t in (out, lse)),
+                                c.causal, backend) for c in calls]
+    return run(add_all)(dq, grads, calls, q, k)
 
 
 # -----------------------------------------------------------------------------
 # What happens to keys and values around the wire
 
-def rope(x, cos, sin):
+def rope_table(n_positions, head_dim, base):
     """
-    Rotary position embedding (Su et al. 2021; halves paired as in LLaMA's public code).
+    cos and sin of every position and pair for `rope`: (n_positions, 2, hd), float32, computed in
+    float64. Stored for both halves of a head, the sine with its signs.
+    """
+    frequency = base ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+    angle = torch.outer(torch.arange(n_positions).double(), frequency)  # (n_positions, hd/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=1).float()
 
-    x: (B, T, H, hd); cos, sin: (T, hd/2) at the tokens' *global* positions. Returns x's dtype.
+
+def rope(x, table):
     """
-    x1, x2 = x.to(cos.dtype).chunk(2, dim=-1)  # (B, T, H, hd/2)
-    cos, sin = cos[:, None], sin[:, None]  # (T, 1, hd/2)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+    Rotary position embedding (Su et al. 2021; entry i is paired with i + hd/2, as in LLaMA).
+
+    x: (B, T, H, hd); table: (T, 2, hd), `rope_table` at the tokens' *global* positions.
+    Returns x's dtype.
+    """
+    cos, sin = table.unsqueeze(2).unbind(1)  # (T, 1, hd)
+    y = x.to(table.dtype)
+    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def rotate_basis(theta, U0, AU0, AAU0):
     """
     R(theta) U0 with R(theta) = I + M + M^2/2, M = sum_l theta_l A_l: the paper's second-order
-    exponential, applied to U0 without ever forming a d x d matrix.
+    exponential (Algorithm 1, step 3), without ever forming a d x d matrix.
 
-    theta: (B, c, k); U0: (d, r); AU0: (k, d, r) = A_l U0; AAU0: (k, k, d, r) = A_l A_m U0.
-    Returns (B, c, d, r): one basis per chunk.
+    theta: (B, c, k), radians; U0: (d, r); AU0: (k, d, r) = A_l U0; AAU0: (k, k, d, r) = A_l A_m U0.
+    Returns (B, c, d, r): one basis for each chunk.
     """
     first = torch.einsum('bcl,ldr->bcdr', theta, AU0)
     second = torch.einsum('bcl,bcm,lmdr->bcdr', theta, theta, AAU0)
@@ -188,203 +281,76 @@ def rotate_basis(theta, U0, AU0, AAU0):
 
 
 def aligned(x):
-    """x (..., r), with zeros up to the next multiple of 8: matrix products with other sizes miss the fast kernels of a GPU."""
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 8))
+    """x (..., r) with zeros up to a multiple of 8: others miss a GPU's fast matrix products."""
+    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
 
 
-def compress(zs, U, n_chunks):
-    """
-    Z_comp = Z U. zs: tensors (B, T, d_i) that stand side by side in Z, [K, V] or one of them, not concatenated
-    because autograd would keep the copy; U: (sum d_i, r), or (B, c, sum d_i, r), a basis per chunk -> (B, T, r).
-    """
-    parts = aligned(U).split([z.shape[-1] for z in zs], dim=-2)
-    out = sum(z.unflatten(1, (n_chunks, -1)) @ part.to(z.dtype) for z, part in zip(zs, parts)).flatten(1, 2)
-    return out[..., :U.shape[-1]].contiguous()
+def compress(z, U):
+    """Z_comp = Z U. z: (B, T, d); U: (d, r), or (B, c, d, r), one for each chunk -> (B, T, r)."""
+    if U.dim() == 2:
+        return (z @ aligned(U).to(z.dtype))[..., :U.shape[-1]].contiguous()
+    return (z.unflatten(1, (U.shape[1], -1)) @ U.to(z.dtype)).flatten(1, 2)
 
 
-def expand(z, U, n_chunks):
+def expand(z, U):
     """Z_hat = Z_comp U^T, back from the subspace; U as in `compress`. z: (B, T, r) -> (B, T, d)."""
-    return (aligned(z).unflatten(1, (n_chunks, -1)) @ aligned(U).to(z.dtype).transpose(-2, -1)).flatten(1, 2)
+    if U.dim() == 2:
+        return aligned(z) @ aligned(U).to(z.dtype).mT
+    return (z.unflatten(1, (U.shape[1], -1)) @ U.to(z.dtype).mT).flatten(1, 2)
 
 
 def quantize(x, bits, stochastic=False):
     """
-    x (..., n) -> numbers of `bits` bits, 8 or 4, as uint8 (..., n or ceil(n / 2)), and a scale for each row, (..., 1) in
-    bfloat16. Symmetric: the row's largest magnitude is the largest level, 127 or 7.
+    x (..., n), each row in numbers of `bits` bits, 8 or 4, and a scale in bfloat16 -> uint8
+    (..., ceil(n bits / 8) + 2). Symmetric: the row's largest magnitude is the largest level.
 
-    stochastic: round up with a probability equal to the remainder, so that the expectation is x itself.
+    stochastic: round up with a probability equal to the remainder: the expectation is x itself.
     """
     levels, x = 2 ** (bits - 1) - 1, x.to(accumulation_dtype(x.dtype))
-    scale = x.abs().amax(dim=-1, keepdim=True) / levels
+    scale = torch.linalg.vector_norm(x, float('inf'), dim=-1) / levels
     # a little more, so that rounding the scale cannot push x beyond the last level
     scale = (scale * (1 + torch.finfo(torch.bfloat16).eps)).clamp(min=1e-30).to(torch.bfloat16)
-    y = x / scale
-    q = (torch.floor(y + torch.rand_like(y)) if stochastic else y.round()).add(levels).to(torch.uint8)
+    y = x / scale.unsqueeze(-1)
+    y = torch.floor(y + torch.rand_like(y)) if stochastic else y.round()
+    q = y.add(levels).to(torch.uint8)
     if bits == 4:  # two to a byte
-        q = torch.nn.functional.pad(q, (0, q.shape[-1] % 2))
+        q = F.pad(q, (0, q.shape[-1] % 2))
         q = q[..., ::2] | q[..., 1::2] << 4
-    return q, scale
+    return torch.cat((q, scale.view(torch.uint8).unflatten(-1, (-1, 2))), dim=-1)
 
 
-def dequantize(q, scale, bits, n, dtype):
+def dequantize(q, bits, n, dtype):
     """The inverse of `quantize` up to rounding -> (..., n) in `dtype`."""
+    q, scale = q[..., :-2], q[..., -2:].contiguous().view(torch.bfloat16)
     if bits == 4:
         q = torch.stack((q & 15, q >> 4), dim=-1).flatten(-2)[..., :n]
     return (q.to(dtype) - (2 ** (bits - 1) - 1)) * scale.to(dtype)
 
 
-def to_heads(k, v, cos, sin):
-    """k, v: (B, T, Hkv * hd), before RoPE -> k rotated to its positions, v: both (B, Hkv, T, hd)."""
-    k, v = (t.unflatten(-1, (-1, 2 * cos.shape[-1])) for t in (k, v))  # (B, T, Hkv, hd)
-    return rope(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
-
-
-def expand_to_heads(latents, bases, cos, sin, n_chunks):
-    """
-    What a receiver does to a block: rebuild keys and values, rotate the keys to their positions.
-
-    latents, bases: one of each where [K, V] share a subspace of R^2d, two where they have their own.
-    Returns k, v: (B, Hkv, T, hd).
-    """
-    rebuilt = [expand(z, U, n_chunks) for z, U in zip(latents, bases)]
-    k, v = rebuilt if len(rebuilt) == 2 else rebuilt[0].chunk(2, dim=-1)
-    return to_heads(k, v, cos, sin)
-
-
-def fuse():
-    """
-    torch.compile what runs once per arriving block (train.py --compile). Callers reach these functions
-    through the module, `kernels.merge(...)`, so that rebinding the names here is enough.
-    """
-    torch._dynamo.config.recompile_limit = 64  # blocks come in many lengths
-    for f in (merge, accumulate, add_up, quantize, dequantize, to_heads, expand_to_heads):
-        globals()[f.__name__] = torch.compile(f)
-
-
 # -----------------------------------------------------------------------------
-# `python kernels.py`: how fast ring attention is on this machine, beside one process alone and PyTorch's own
+# --compile: `run` is one of these two
 
-def _benchmark(rank, world_size, store):
-    """One process of the benchmark; rank 0 prints. store: path of a file that does not exist yet."""
-    import statistics
-    import time
-    import torch.distributed as dist
-    from torch.distributed.tensor.experimental import context_parallel
-    from torch.distributed.tensor.experimental._attention import set_rotate_method
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    import kernels  # this file as ring.py sees it
-    from ring import Ring, attend, depart
-
-    cuda = torch.cuda.is_available()
-    device = torch.device('cuda', rank) if cuda else torch.device('cpu')
-    if cuda:
-        torch.cuda.set_device(device)
-        kernels.fuse()
-        rows = [(32768, 16, 128, 'flash'), (32768, 16, 128, 'cudnn'), (131072, 16, 128, 'flash'), (131072, 16, 128, 'cudnn'),
-                (32768, 8, 256, 'cudnn')]
-    else:
-        torch.set_num_threads(1)
-        rows = [(2048, 4, 64, 'cpu'), (8192, 4, 64, 'cpu')]
-    dist.init_process_group('nccl' if cuda else 'gloo', init_method=f'file://{store}', rank=rank, world_size=world_size,
-                            device_id=device if cuda else None)
-    mesh = dist.init_device_mesh(device.type, (world_size,))
-    ring, dtype = Ring(mesh.get_group()), torch.bfloat16 if cuda else torch.float32
-    in_blocks = [0.0]  # seconds in block attention; on the CPU, where a call ends when it is done
-
-    def timed(f):
-        def g(*args):
-            start = time.perf_counter()
-            result = f(*args)
-            in_blocks[0] += time.perf_counter() - start
-            return result
-        return g
-    if not cuda:
-        kernels.attention_forward, kernels.attention_backward = map(timed, (kernels.attention_forward, kernels.attention_backward))
-
-    def milliseconds(f, n):
-        """Of one of n calls back to back, as the layers of a model come, once all ranks are ready."""
-        f()
-        dist.barrier()
-        if cuda:
-            torch.cuda.synchronize()
-        in_blocks[0], start = 0.0, time.perf_counter()
-        for _ in range(n):
-            f()
-        if cuda:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1e3 / n
-
-    def say(*cells):
-        if rank == 0:
-            print('| ' + ' | '.join(cells) + ' |', flush=True)
-    say('T', 'heads x size', 'attention', 'one process, ms (TFLOP/s)', f"PyTorch's context_parallel on {world_size}, ms", 'of ideal',
-        f'ring.py on {world_size}, ms', 'of ideal', *([] if cuda else ['of it in attention']))
-    say(*['---'] * (8 if cuda else 9))
-    for T, H, hd, name in rows:
-        kernels.attention_backend = lambda *args, name=name: name
-        generator = torch.Generator(device).manual_seed(0)
-        q, k, v, dout = (torch.randn(1, T, H, hd, generator=generator, dtype=dtype, device=device) for _ in range(4))
-        whole = [x.transpose(1, 2) for x in (q, k, v, dout)]  # (1, H, T, hd)
-        chunk_size = T // (2 * world_size)
-        mine = [ring.shard(x, chunk_size) for x in (q, k, v, dout)]
-        my_q, my_dout = (mine[i].transpose(1, 2).requires_grad_(i == 0) for i in (0, 3))
-        my_kv = [x.flatten(2).requires_grad_() for x in mine[1:3]]  # (1, T / world_size, H * hd), as a model has them
-
-        def alone():
-            out, lse = kernels.attention_forward(*whole[:3], True)
-            return out, *kernels.attention_backward(whole[3], *whole[:3], out, lse, True)
-
-        def heads(kv, *_):
-            return [x.unflatten(2, (H, hd)).transpose(1, 2) for x in kv]
-
-        def ours():
-            sent = depart(tuple(my_kv), ring=ring, keep=False)
-            out = attend(my_q, [sent], heads, ring=ring, chunk_size=chunk_size)
-            return out, *torch.autograd.grad(out, (my_q, *my_kv), my_dout)
-
-        its = [x.contiguous() for x in whole]  # PyTorch's takes (1, H, T, hd)
-
-        def theirs():
-            out = torch.nn.functional.scaled_dot_product_attention(*its[:3], is_causal=True)
-            return out, *torch.autograd.grad(out, its[:3], its[3])
-
-        out, dq, dk, dv = alone()
-        for x, y in zip((out, dq, dk, dv), ours()):  # a time is worth nothing if the result is wrong
-            x = ring.shard(x.transpose(1, 2), chunk_size)
-            y = y.transpose(1, 2) if y.dim() == 4 else y.unflatten(2, (H, hd))
-            error = ((x - y).float().norm() / x.float().norm()).item()
-            assert error < 1e-2, f'ring attention differs from attention by {error:.1e}'
-        del out, dq, dk, dv, x, y
-        times, blocks = {f: [] for f in (alone, ours, theirs)}, []
-        n = 5 if cuda and T < 100000 else 1
-        for _ in range(3):
-            for f in (alone, ours):
-                times[f].append(milliseconds(f, n))
-            blocks.append(in_blocks[0] * 1e3)
-            if not cuda:
-                continue
-            set_rotate_method('alltoall')
-            with context_parallel(mesh, buffers=its, buffer_seq_dims=[2] * 4), \
-                    sdpa_kernel(SDPBackend.CUDNN_ATTENTION if name == 'cudnn' else SDPBackend.FLASH_ATTENTION):
-                for x in its[:3]:
-                    x.requires_grad_()
-                times[theirs].append(milliseconds(theirs, n))
-                for x in its[:3]:
-                    x.requires_grad_(False)
-        one, our, their = (statistics.median(t) if t else None for t in times.values())
-        flops = 7 * T * T * H * hd  # causal: 4 T^2 H hd forward and 10 T^2 H hd backward, halved
-        ideal = one / world_size
-        say(f'{T}', f'{H} x {hd}', name, f'{one:.1f} ({flops / one / 1e9:.3g})', *([f'{their:.1f}', f'{ideal / their:.1%}'] if their else ['-', '-']),
-            f'{our:.1f}', f'{ideal / our:.1%}', *([] if cuda else [f'{statistics.median(blocks) / our:.1%}']))
-    dist.destroy_process_group()
+def eager(f):
+    """f as it is."""
+    return f
 
 
-if __name__ == '__main__':
-    import os
-    import tempfile
-    import torch.multiprocessing as mp
-    n = torch.cuda.device_count() or 4
-    print(f'{n} x {torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"}, torch {torch.__version__}; '
-          'forward and backward of causal attention, batch 1', flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_benchmark, (n, os.path.join(folder, 'store')), nprocs=n)
+def compiled(f):
+    """f under torch.compile: one and the same for all layers, also if f is a method."""
+    if inspect.ismethod(f):
+        return functools.partial(_compile(f.__func__), f.__self__)
+    return _compile(f)
+
+
+@functools.cache
+def _compile(f):
+    torch._dynamo.config.recompile_limit = 64  # blocks have several lengths, with grad and without
+    return torch.compile(f, fullgraph=True, dynamic=False)
+
+
+def cannot_compile():
+    """Why torch.compile does not work on this CPU, in a few words, or None."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2))
+    except Exception as e:  # no compiler, or one that does not know these instructions
+        return str(e).split('\n')[0][:120]
