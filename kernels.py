@@ -215,9 +215,9 @@ def block_forward(q, k, v, calls, backend, run, out=None, lse=None):
     Attention of q over one block of keys: every call, merged with what earlier blocks have left in
     out and lse. Without those it is the first block, and its first call covers every query.
 
-    q: (B, T, H, hd); k, v: (B, S, Hkv, hd), S <= T; run: `compiled` or `eager`.
-    Returns out (B, T, H, hd) and lse (B, T, H), float32 at least; after one call alone out has q's
-    dtype.
+    q: (B, T, H, hd), k, v: (B, S, Hkv, hd), S <= T, all contiguous in B and T; run: `compiled` or
+    `eager`. Returns out (B, T, H, hd) and lse (B, T, H), float32 at least; after one call alone out
+    has q's dtype.
     """
     parts = [attention_forward(cut(q, c.size, c.queries),
                                *(cut(t, min(c.size, t.shape[1]), c.keys) for t in (k, v)),
@@ -302,7 +302,7 @@ def expand(z, U):
 def quantize(x, bits, stochastic=False):
     """
     x (..., n), each row in numbers of `bits` bits, 8 or 4, and a scale in bfloat16 -> uint8
-    (..., ceil(n bits / 8) + 2). Symmetric: the row's largest magnitude is the largest level.
+    (..., ceil(n bits / 8) + 2). Symmetric: the row's largest magnitude is at most the last level.
 
     stochastic: round up with a probability equal to the remainder: the expectation is x itself.
     """

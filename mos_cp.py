@@ -7,8 +7,9 @@ Training", Ramasinghe et al., NeurIPS 2025, arXiv 2606.16384; "the paper" below)
     model = GPT(config)                     # one process: the reference
     logits, loss = model(idx, targets)      # (B, T, vocab_size), mean cross-entropy
 
-With `GPT(config, Ring(group))` the same call takes each rank's `ring.shard(idx)` and gives the same
-numbers: what the model computes depends on config.n_chunks, never on how many ranks share them.
+With `GPT(config, Ring(group))` the same call takes each rank's `ring.shard(idx, config.chunk_size)`
+and gives the same numbers: what the model computes depends on config.n_chunks, never on how many
+ranks share the chunks.
 
 `python mos_cp.py` times a training step beside the same model with PyTorch's own attention.
 """
@@ -36,6 +37,12 @@ CHOICES = {  # the values an option takes; train.py's flags check against these 
 }
 
 
+def check(holds, says, *flags):
+    """Raises ValueError with a sentence, and the flags to change, unless something holds."""
+    if not holds:
+        raise ValueError(f'{says}: change {" or ".join("--" + flag for flag in flags)}')
+
+
 @dataclass
 class GPTConfig:
     """The model and what it sends. (The comments are what `train.py --help` says.)"""
@@ -61,7 +68,7 @@ class GPTConfig:
     wire_dtype: str = 'auto'  # compute, bf16, int8, int4; auto: int8 for subspace, else compute
     grad_wire_dtype: str = 'same'  # of the gradient; int8, int4: stochastically rounded
     topk: float = 0.1  # fraction of the entries that send=topk keeps
-    recompute: bool = False  # compute all but attention once more in backward: less memory
+    recompute: bool = False  # compute MLPs and logits once more in backward: less memory
     compile: bool = False  # torch.compile what repeats; on one GPU alone, replay CUDA graphs
 
     def __post_init__(self):
@@ -74,14 +81,11 @@ class GPTConfig:
         if self.grad_wire_dtype == 'same':
             self.grad_wire_dtype = self.wire_dtype
 
-        def check(holds, says, *flags):
-            if not holds:
-                raise ValueError(f'{says}: change {" or ".join("--" + flag for flag in flags)}')
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             check(value in choices, f'{name} ({value!r}) must be one of {", ".join(choices)}', name)
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd',
-                     'n_chunks', 'n_generators', 'rank'):
+                     'n_chunks', 'n_generators', 'rank', 'rope_base'):
             value = getattr(self, name)
             check(value >= 1, f'{name} ({value}) must be at least 1', name)
         for name, of, by in (('block_size', 'n_chunks', self.n_chunks),
@@ -330,15 +334,14 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.full, self.override = Full(), ''  # see GPT.set_send
         dtypes = config.wire_dtype, config.grad_wire_dtype
-        if layer == config.n_layer - 1 and not config.compress_last:
+        self.codec = {'full': lambda: Full(*dtypes), 'topk': lambda: TopK(config, *dtypes),
+                      'subspace': lambda: Subspace(config, layer, *dtypes),
+                      'local': lambda: None}[config.send]()
+        if layer == config.n_layer - 1 and not config.compress_last and self.codec:
             self.codec = self.full
-        else:
-            self.codec = {'full': lambda: Full(*dtypes), 'topk': lambda: TopK(config, *dtypes),
-                          'subspace': lambda: Subspace(config, layer, *dtypes),
-                          'local': lambda: None}[config.send]()
 
     @property
-    def sends(self):
+    def active_codec(self):
         """The codec in use now; None: nothing is sent."""
         return {'': self.codec, 'full': self.full, 'local': None}[self.override]
 
@@ -349,15 +352,15 @@ class Attention(nn.Module):
         """
         q = self.c_q(x).unflatten(-1, (-1, self.config.head_dim))
         kv = self.c_kv(x).unflatten(-1, (2, -1, self.config.head_dim))
-        payload = self.sends.compress(kv) if self.sends else ()
+        payload = self.active_codec.compress(kv) if self.active_codec else ()
         return kernels.rope(q, table), kernels.rope(kv[:, :, 0], table), kv, payload
 
     def attend(self, q, k, kv, payload, ring, table, run):
         """What comes between the projections; nothing else crosses the wire. -> (B, T, H, hd)"""
-        T, codec = q.shape[1], self.sends
+        T, codec = q.shape[1], self.active_codec
         span = self.config.chunk_size if self.config.exact_local or not codec else 0
-        if codec and codec.exact:  # the own block needs none, but half of it hides the last hop
-            span = T // min(2, ring.world_size)
+        if codec and codec.exact:  # our own keys need no codec either way: one piece, or, on a
+            span = T // min(2, ring.world_size)  # ring, the two of which `ring.visible` speaks
         return attend(ring, q, k, kv[:, :, 1], payload, codec, table, span, run)
 
 
@@ -428,7 +431,7 @@ class GPT(nn.Module):
         Returns logits (B, T, vocab_size) and loss, the mean over targets. A rank of a ring has its
         share of it, times the number of ranks: the mean over ranks is the mean over the sequence.
         No loss (None) without targets, no logits (None) beside a loss with config.recompute.
-        Raises ValueError if the sequence is too long or cannot be cut into chunks for the ring.
+        Raises ValueError if the sequence is too long, or a shard is no multiple of two chunks.
         """
         x = self.hidden(idx)
         if targets is None:
@@ -446,11 +449,11 @@ class GPT(nn.Module):
         if n * world_size > self.config.block_size:
             raise ValueError(f'sequence length ({n * world_size}) is above block_size '
                              f'({self.config.block_size})')
-        if n % chunk_size:
-            if world_size > 1:
-                raise ValueError(f'shard length ({n}) must be a multiple of block_size / n_chunks '
-                                 f'({chunk_size})')
-            idx = F.pad(idx, (0, chunk_size - n % chunk_size))  # in the future of every real token
+        if world_size > 1 and n % (2 * chunk_size):
+            raise ValueError(f'shard length ({n}) must be a multiple of two chunks, 2 * block_size '
+                             f'/ n_chunks ({2 * chunk_size})')
+        # in the future of every real token (but part of the mean that is the paper's theta)
+        idx = F.pad(idx, (0, -n % chunk_size))
         x, table = self.wte(idx), self.table_of(idx)
         for block in self.h:
             x = block(x, self.ring, table, self.run)
@@ -539,7 +542,7 @@ class GPT(nn.Module):
         block_size, or a chunk while nothing is sent.
         """
         c = self.config
-        spans = (c.block_size if block.attn.sends else c.chunk_size for block in self.h)
+        spans = (c.block_size if block.attn.active_codec else c.chunk_size for block in self.h)
         return 6 * self.get_num_params() + 6 * c.n_embd * sum(spans)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):

@@ -66,9 +66,14 @@ def visible(rank, source, T, span):
     pieces of `span` tokens.
 
     span 0: there is no such exact part, and the own block is as good as another rank's. Otherwise
-    what is left of it is a triangle without its diagonal: its back half sees its front half, and
-    each half is such a triangle again. An odd number of pieces cannot be halved: one at a time then
-    sees all before it.
+    T / 2 is a multiple of span (T, on one rank), and of the own block what is below the diagonal
+    is left, here for four pieces: their back half sees their front half (a), and each half is such
+    a triangle again (b). An odd number of pieces cannot be halved: one at a time sees all before.
+
+        .
+        b .
+        a a .
+        a a b .
     """
     everything, front, back = slice(0, T), slice(0, T // 2), slice(T // 2, T)
     if source is None:
@@ -115,7 +120,8 @@ class Link:
     """
     A slow full-duplex link between this rank and all others, dialled on top of the real transfers:
     what is sent leaves through one queue of `mbps` megabits a second, what is received arrives
-    through another, and in between lie `latency_ms` milliseconds, one way. mbps 0: no limit.
+    through another, in the order in which it is waited for, and in between lie `latency_ms`
+    milliseconds, one way. mbps 0: no limit.
 
     Clocks of several machines must agree to better than the latency.
     """
@@ -154,8 +160,8 @@ class Ring:
 
     group: a torch.distributed process group; None: one process, and nothing is ever sent.
     meter: bytes sent and received and exchanges made, as 'sent_fwd', 'received_fwd',
-        'exchanges_fwd', the same with bwd (both of the ring) and with sync (`average`), counted
-        where tensors are handed to torch.distributed.
+        'exchanges_fwd', the same with bwd, counted where tensors are handed to torch.distributed,
+        and with sync, what `average` costs.
     """
 
     def __init__(self, group=None, link=None):
@@ -224,7 +230,7 @@ class Ring:
         hop h rank i sends to i + h and receives from i - h. That is as many bytes as passing blocks
         from neighbour to neighbour, but no block waits for another: one latency, not one a hop.
 
-        ahead: exchanges under way at a time; that many are posted before anything is asked for.
+        ahead: so many exchanges are posted at once, and the next whenever one is waited for.
         """
         posts = (self.exchange(tensors, self.rank + hop, self.rank - hop, phase)
                  for hop in range(1, self.world_size))
@@ -289,7 +295,7 @@ def attend(ring, q, k, v, payload, codec, table, span, run=kernels.eager):
             of its floating-point tensors.
         .expand(payload, params) -> (B, S, 2, Hkv, hd), keys before RoPE and values, of any first
             part of a block.
-        .params: the tensors that `expand` uses, the same on every rank. Each rank returns the
+        .params: the tensors that `expand` uses, a rank its own for every block. It returns the
             gradient for its own queries: sum over ranks as for any other weight.
         .keep: hold what has arrived until backward instead of sending it a second time. Right for a
             small payload; uncompressed it would undo the memory saving of context parallelism.
@@ -320,7 +326,7 @@ class _Spec:
 
     @property
     def ahead(self):
-        """How many exchanges are under way at a time."""
+        """How many exchanges are posted before the first is waited for."""
         return self.ring.world_size if self.codec.keep else 1
 
     @property
@@ -348,7 +354,7 @@ def _rebuild(codec, payload, params, table, n_tokens):
 
 
 def _add_up(codec, total, wire, sizes, dtype):
-    """total (None: nothing yet) plus the gradient of a payload as it travelled, in `dtype`."""
+    """total, in `dtype` from the second on, plus the gradient of a payload as it travelled."""
     found = codec.unpack(wire, sizes, dtype, gradient=True)
     return found if total is None else [t.to(dtype) + f for t, f in zip(total, found)]
 
@@ -380,6 +386,9 @@ class _Attend(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         s, (q, k, v, out, lse, *params) = ctx.spec, ctx.saved_tensors
+        dout = dout.contiguous()
+        if ctx.blocks is None:
+            raise RuntimeError('a second backward through ring attention: what arrived is gone')
         learned = ctx.needs_input_grad[4 + len(s.sizes):]
         params = [p.detach().requires_grad_(need) for p, need in zip(params, learned)]
         dq = dk = dv = total = None
@@ -415,14 +424,18 @@ class _Attend(torch.autograd.Function):
                 leaves = [t for t in (*payload, *params) if t.requires_grad]
                 grads, n = torch.autograd.grad(block, leaves, dblock), sum(s.floating)
                 dparams = [g if d is None else d + g for d, g in zip(dparams, grads[n:])]
-                # 4. The payload's gradient goes straight to the block's owner. Our own is rounded
-                #    as if it too had travelled: with few ranks the same noise as with many.
-                packed, hop = s.run(s.codec.pack)(grads[:n], gradient=True), s.ring.rank - source
-                returning.append(s.ring.exchange(packed, source, s.ring.rank + hop, 'bwd') if hop
-                                 else lambda packed=packed: packed)
+                # 4. The payload's gradient goes straight to the block's owner, as far back as the
+                #    one that comes to us. Our own is rounded as if it too had travelled: with few
+                #    ranks the same noise as with many.
+                packed = s.run(s.codec.pack)(grads[:n], gradient=True)
+                if source == s.ring.rank:
+                    arrives = functools.partial(list, packed)
+                else:
+                    arrives = s.ring.exchange(packed, source, 2 * s.ring.rank - source, 'bwd')
+                returning.append(arrives)
                 collect(n_left=s.ahead)
             collect(n_left=0)  # 5. Add up what comes back.
-        ctx.blocks = []  # autograd may hold ctx for longer
+        ctx.blocks = None  # autograd may hold ctx for longer
         dpayload, dparams = iter(total or []), iter(dparams)
         return (None, dq.to(q.dtype), dk, dv,
                 *(next(dpayload, None) if f else None for f in s.floating),

@@ -216,7 +216,7 @@ def small_model(ring=None, seed=0, **options):
     model.loss_tokens = 5
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.mul_(100 if 'psi' in name else 3 if p.dim() == 2 and 'codec' not in name else 1)
+            p.mul_(30 if 'psi' in name else 3 if p.dim() == 2 and 'codec' not in name else 1)
     return model
 
 
@@ -397,7 +397,7 @@ def bad_lengths_are_refused(ring):
     for call, message in (
             (lambda: ring.shard(torch.zeros(1, 33), 4), 'sequence length (33) must be a multiple of the chunk size (4)'),
             (lambda: ring.shard(torch.zeros(1, 4), 4), 'n_chunks (1) must be a multiple of 2 * cp'),
-            (lambda: model(torch.zeros(1, 3).long()), 'shard length (3) must be a multiple of block_size / n_chunks (4)')):
+            (lambda: model(torch.zeros(1, 4).long()), 'shard length (4) must be a multiple of two chunks, 2 * block_size / n_chunks (8)')):
         try:
             call()
         except ValueError as e:
@@ -692,7 +692,7 @@ def test_int4_and_topk_keep_what_they_say():
 
 
 def test_compress_last():
-    codecs = [block.attn.sends for block in small_model(n_layer=3, compress_last=False, wire_dtype='int4').h]
+    codecs = [block.attn.active_codec for block in small_model(n_layer=3, compress_last=False, wire_dtype='int4').h]
     assert [type(c) for c in codecs] == [mos_cp.Subspace, mos_cp.Subspace, mos_cp.Full]
     assert [c.wire_dtype for c in codecs] == [c.grad_wire_dtype for c in codecs] == ['int4', 'int4', 'compute']
 
@@ -887,20 +887,24 @@ def test_log_and_falling_loss(reference_run):
     assert [r['iter'] for r in records] == list(range(13)) and [r['iter'] for r in records if 'val_loss' in r] == [0, 6, 12]
     assert set(records[1]) == {'iter', 'loss', 'lr', 'grad_norm', 'tokens', 'seconds', 'sent_fwd', 'sent_bwd', 'received_fwd',
                                'received_bwd', 'sent_sync', 'received_sync', 'compression', 'skipped'}
-    assert records[11]['loss'] < records[0]['loss'] - 0.5 and records[11]['tokens'] == 12 * 4 * 128
+    assert records[11]['loss'] < records[0]['loss'] - 0.2 and records[11]['tokens'] == 12 * 4 * 128
     by_chunk = records[-1]['val_loss_by_chunk']
     assert len(by_chunk) == 8 and np.mean(by_chunk) == pytest.approx(records[-1]['val_loss'])
 
 
 def test_needle_batch():
-    """Every key is stated once and asked for once, in the mirrored chunk, with the value it was stated with."""
-    x, y = train.needle_batch(3, 48, 6, np.random.default_rng(0))
+    """Every key is stated once and asked for once, with the value it was stated with, on another rank."""
+    n = 8  # chunks of 6 tokens
+    x, y = train.needle_batch(3, 48, n, np.random.default_rng(0))
     stated, asked, answers = x[:, :24], x[:, 24:] - 24 * train.N_VALUES, y[:, 24:]
     assert (y[:, :24] == -1).all() and 0 <= answers.min() and answers.max() < train.N_VALUES
     for s, a, v in zip(stated, asked, answers):
         assert sorted(a.tolist()) == list(range(24))
-        facts = {int(f) // train.N_VALUES: (int(f) % train.N_VALUES, i // 8) for i, f in enumerate(s)}
-        assert all(facts[int(key)] == (int(value), 2 - i // 8) for i, (key, value) in enumerate(zip(a, v)))
+        facts = {int(f) // train.N_VALUES: (int(f) % train.N_VALUES, i // 6) for i, f in enumerate(s)}
+        for i, (key, value) in enumerate(zip(a, v)):
+            told, chunk = facts[int(key)]
+            assert told == value
+            assert all({chunk, n // 2 + i // 6} - set(zigzag(n, P, r)) for P in (2, 4) for r in range(P))
 
 
 def test_needle_is_found_through_the_compressor_alone(tmp_path):
@@ -935,7 +939,7 @@ def test_life_of_the_codec(tmp_path, monkeypatch):
     life, forward, start = [], GPT.forward, mos_cp.Basis.start
 
     def noting(self, *args, **kwargs):
-        sends = self.h[0].attn.sends
+        sends = self.h[0].attn.active_codec
         life.append(type(sends).__name__)
         return forward(self, *args, **kwargs)
     monkeypatch.setattr(GPT, 'forward', noting)
@@ -1055,7 +1059,7 @@ def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
     (['--link_mbps=-1'], r'link_mbps \(-1.0\)'), (['--plan', '--tflops=0'], r'tflops \(0\) above 0'),
     (['--vocab_size=100'], r'outside vocab_size \(100\)'), (['--rank=300'], r'rank \(300\) must leave each subspace'),
     ([f'--out_dir={__file__}/x'], r'x cannot be read or made \(Not a directory\)'), (['--data=/'], r'/ cannot be read or made \(Is a directory\)'),
-    (['--device=cuda'], r'needs a GPU per process: 1 processes on this machine, 0 GPUs'),
+    (['--device=cuda'], r'needs a GPU per process \(1 processes on this machine, 0 GPUs\)'),
     (['--plan', '--cp=3'], r'n_chunks \(16\) must be a multiple of 2 \* cp \(6\): change --n_chunks or --cp'),
 ))
 def test_bad_flags_are_refused(argv, message, tmp_path):
@@ -1358,7 +1362,8 @@ def test_ranks_that_disagree_are_named(tmp_path, what, message):
 
 def save_for_ever(path):
     for i in itertools.count():
-        train.save_checkpoint(path, {**dict.fromkeys(train.CHECKPOINT), 'model': torch.full((200_000,), i), 'iter_num': i})
+        train.save_checkpoint(path, {**dict.fromkeys(('optimizer', 'config', *train.STATE)), 'iter_num': i,
+                                     'model': torch.full((200_000,), i)})
 
 
 def test_killed_while_saving(tmp_path):
@@ -1368,7 +1373,7 @@ def test_killed_while_saving(tmp_path):
         process = FORKS.Process(target=save_for_ever, args=(path,))
         process.start()
         while not path.exists():
-            time.sleep(0.001)
+            assert process.is_alive() and not time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02))
         seen = train.load_checkpoint(path)['iter_num']
         process.kill()
@@ -1404,7 +1409,7 @@ def test_bad_checkpoints_are_refused(reference_run, tmp_path):
     refused('ckpt.pt is damaged or not a checkpoint')
     for other in (torch.ones(3), {'model': {}}):
         torch.save(other, path)
-        refused('ckpt.pt is not a checkpoint of this code')
+        refused('ckpt.pt is damaged or not a checkpoint')
     wrong = dict(checkpoint['model'], **{'wte.weight': torch.ones(256, 16)})
     for change in ({'model': wrong}, {'model': {}}, {'optimizer': {}}, {'optimizer': {'state': {}, 'param_groups': []}}):
         torch.save({**checkpoint, **change}, path)

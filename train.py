@@ -36,7 +36,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import kernels
-from mos_cp import CHOICES, GPT, GPTConfig, Loss, graphed, principal_directions
+from mos_cp import CHOICES, GPT, GPTConfig, Loss, check, graphed, principal_directions
 from ring import Link, PeerError, Ring, all_reduce, average, waiting, zigzag
 
 # -----------------------------------------------------------------------------
@@ -50,7 +50,7 @@ class RunConfig:
     preset: str = 'tiny'  # sizes and schedule: tiny, 124m or 800m; single flags override it
     method: str = 'ours'  # ours (the defaults), or paper: every option as in the paper
     data: str = 'stdlib'  # stdlib (Python's source), a text file (bytes), uint16 .bin, glob, needle
-    val_data: str = ''  # validation data; empty: the last tenth of each file of --data
+    val_data: str = ''  # validation data; empty: a tenth of --data
     out_dir: str = 'out'  # where ckpt.pt and log.jsonl go
     init_from: str = 'scratch'  # scratch, resume (out_dir/ckpt.pt), or auto: if it is there
     log_interval: int = 10  # iterations between log lines
@@ -112,24 +112,21 @@ CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS),
            'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 AT_LEAST_1 = ('log_interval', 'eval_interval', 'eval_iters', 'batch_size',
-              'gradient_accumulation_steps', 'sync_every', 'timeout_s')
-AT_LEAST_0 = ('cp', 'warm_start', 'unplug_at', 'max_iters', 'warmup_iters', 'lr_decay_iters',
-              'sample_tokens', 'seed', 'grad_clip', 'learning_rate', 'min_lr', 'weight_decay',
-              'beta1', 'beta2', 'link_mbps', 'latency_ms', 'tflops', 'basis_lr')
+              'gradient_accumulation_steps', 'sync_every', 'timeout_s')  # other numbers: 0
 
 MODEL_FLAGS = [f.name for f in dataclasses.fields(GPTConfig)]
-# what a resumed run takes from its own command line, not from the checkpoint: it changes no number
+# what a resumed run takes from its own command line, not from the checkpoint
 HERE_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'recompute',
               'timeout_s', 'link_mbps', 'latency_ms')
 
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, datasheets, for the MFU
-CHECKPOINT = ('model', 'optimizer', 'config', 'model_args', 'iter_num', 'best_val_loss', 'seconds')
+STATE = ('iter_num', 'best_val_loss', 'seconds')  # of a checkpoint, beside model and optimizer
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run stops
 SAVE_S = 600  # seconds that writing a checkpoint may take
 
 
 def fail(message):
-    """End the run with one sentence, said once on every machine: its ranks find the same fault."""
+    """End the run with one sentence, said once a machine, as its ranks find the same fault."""
     if int(os.environ.get('LOCAL_RANK', 0)) > 0:
         time.sleep(2)  # torchrun stops all ranks as soon as one exits: let the first speak
         sys.exit(1)
@@ -168,7 +165,7 @@ def parse_flags(argv):
 def parse_config(argv):
     """
     -> (the configuration, a Namespace; the checkpoint to resume from, or None). Flags given win
-    over the checkpoint's configuration, that over --method, that over --preset.
+    over the checkpoint's configuration, that over --method, that over --preset. Raises ValueError.
     """
     given, defaults = parse_flags(argv)
     method, checkpoint = given.get('method', 'ours'), None
@@ -180,21 +177,19 @@ def parse_config(argv):
         checkpoint = load_checkpoint(path)
         saved = checkpoint['config']
         if odd := set(saved) ^ set(config):
-            fail(f'{path} is of another version of this code, which differs in --{min(odd)}: '
-                 'change --init_from or --out_dir')
+            raise ValueError(f'{path} is of another version of this code, which differs in '
+                             f'--{min(odd)}: change --init_from or --out_dir')
+        for name in {*MODEL_FLAGS, 'preset', 'method'} - {*HERE_FLAGS}:
+            if given.get(name, saved[name]) != saved[name]:
+                raise ValueError(f'--{name}={given[name]} differs from the checkpoint, which has '
+                                 f'{saved[name]}')
         config = {**config, **{k: v for k, v in saved.items() if k not in HERE_FLAGS}, **given}
-    c = argparse.Namespace(**config)
-    check(c)
-    if checkpoint:
-        wanted = {**vars(model_config(c)), 'preset': c.preset, 'method': c.method}
-        there = {**checkpoint['model_args'], 'preset': saved['preset'], 'method': saved['method']}
-        for name, value in there.items():
-            if wanted[name] != value and name not in (*HERE_FLAGS, 'vocab_size'):
-                fail(f'--{name}={config[name]} differs from the checkpoint, which has {value}')
         n, over = checkpoint['iter_num'], saved['warm_start']
-        if c.warm_start < n <= over:
-            fail(f"warm_start ({c.warm_start}) must be at least the checkpoint's iteration ({n}), "
-                 f'whose warm start (of {over}) is not over: change --warm_start')
+        now = config['warm_start']
+        check(not now < n < over, f"warm_start ({now}) must be at least the checkpoint's iteration "
+              f'({n}), whose warm start (of {over}) is not over', 'warm_start')
+    c = argparse.Namespace(**config)
+    check_values(c)
     return c, checkpoint
 
 
@@ -204,36 +199,32 @@ def paper_rank(config):
     return round(0.07 * config['n_embd'] * n_kv_head / config['n_head'])
 
 
-def model_config(c, vocab_size=0):
+def model_config(c):
+    vocab_size = c.vocab_size or (50304 if c.data.endswith('.bin') else 256)
+    if c.data == 'needle':
+        vocab_size = c.block_size // 2 * (N_VALUES + 1)
     sizes = {name: getattr(c, name) for name in MODEL_FLAGS}
-    return GPTConfig(**{**sizes, 'vocab_size': vocab_size or c.vocab_size})
+    return GPTConfig(**{**sizes, 'vocab_size': vocab_size})
 
 
-def check(c):
-    """Exits on impossible values, before any data is read."""
-    for names, lowest in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
-        for name in names:
-            if not getattr(c, name) >= lowest:  # nan is not
-                fail(f'{name} ({getattr(c, name)}) must be at least {lowest}: change --{name}')
-    try:
-        model_config(c)
-    except ValueError as e:
-        fail(e)
-    if not (c.beta1 < 1 and c.beta2 < 1):
-        fail(f'beta1 ({c.beta1}) and beta2 ({c.beta2}) must be below 1: change --beta1 or --beta2')
-    if c.data == 'needle' and c.n_chunks % 2:
-        fail(f'n_chunks ({c.n_chunks}) must be a multiple of 2 with --data=needle: change '
-             '--n_chunks')
-    if 0 < c.max_iters <= c.warm_start:
-        fail(f'warm_start ({c.warm_start}) must be below max_iters ({c.max_iters}), or it never '
-             'ends: change --warm_start or --max_iters')
-    if c.unplug_at and not c.warm_start < c.unplug_at < c.max_iters:
-        fail(f'unplug_at ({c.unplug_at}) must be between warm_start ({c.warm_start}) and max_iters '
-             f'({c.max_iters}): change --unplug_at')
+def check_values(c):
+    """Raises ValueError on impossible values, before any data is read."""
+    for f in dataclasses.fields(RunConfig):
+        lowest, value = int(f.name in AT_LEAST_1), getattr(c, f.name)
+        check(f.type is str or value >= lowest, f'{f.name} ({value}) must be at least {lowest}', f.name)
+    model_config(c)
+    check(c.beta1 < 1 and c.beta2 < 1, f'beta1 ({c.beta1}) and beta2 ({c.beta2}) must be below 1',
+          'beta1', 'beta2')
+    check(c.data != 'needle' or c.n_chunks % 2 == 0,
+          f'n_chunks ({c.n_chunks}) must be a multiple of 2 with --data=needle', 'n_chunks')
+    check(c.send == 'local' or not 0 < c.max_iters <= c.warm_start, f'warm_start ({c.warm_start}) '
+          f'must be below max_iters ({c.max_iters}), or it never ends', 'warm_start', 'max_iters')
+    check(not c.unplug_at or c.warm_start < c.unplug_at < c.max_iters, f'unplug_at ({c.unplug_at}) '
+          f'must be between warm_start ({c.warm_start}) and max_iters ({c.max_iters})', 'unplug_at')
 
 
 # -----------------------------------------------------------------------------
-# Data: every source becomes a list of one-dimensional arrays of tokens, memory-mapped
+# Data: every source becomes a list of one-dimensional arrays of tokens
 
 def stdlib_source():
     """Python's standard library as bytes -> (training part, validation part: every tenth file)."""
@@ -261,7 +252,7 @@ def read_tokens(path):
         return np.memmap(path, dtype=np.uint8, mode='r')
     if size % 2:
         raise ValueError(f'{path} has an odd number of bytes ({size}): it holds no uint16 tokens')
-    header = np.fromfile(path, dtype=np.int32, count=3)
+    header = np.fromfile(path, dtype=np.int32, count=3).tolist()
     if len(header) < 3 or header[0] != 20240520:
         return np.memmap(path, dtype=np.uint16, mode='r')
     if header[1] != 1 or header[2] < 1 or size != 1024 + 2 * header[2]:
@@ -275,8 +266,7 @@ def load_data(data, val_data, block_size):
     def read_all(pattern):
         pattern = os.path.expanduser(pattern)
         paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        if not paths:
-            raise ValueError(f'no file matches {pattern!r}: change --data or --val_data')
+        check(paths, f'no file matches {pattern!r}', 'data', 'val_data')
         return [read_tokens(p) for p in paths]
     if data == 'stdlib':
         train, val = ([part] for part in stdlib_source())
@@ -287,10 +277,9 @@ def load_data(data, val_data, block_size):
     elif val is None:
         train, val = [s[:len(s) * 9 // 10] for s in train], [s[len(s) * 9 // 10:] for s in train]
     for what, shards in (('training', train), ('validation', val)):
-        if (longest := max(map(len, shards))) <= block_size:
-            raise ValueError(f'block_size ({block_size}) must be below the length of the {what} '
-                             f'data ({longest} tokens in the longest part): change --block_size, '
-                             '--data or --val_data')
+        longest = max(map(len, shards))
+        check(block_size < longest, f'block_size ({block_size}) must be below the length of the '
+              f'{what} data ({longest} tokens in the longest part)', 'block_size', 'data')
     return train, val
 
 
@@ -315,9 +304,8 @@ def get_batch(shards, batch_size, block_size, vocab_size, rng):
         i = position - (ends[shard - 1] if shard else 0)
         rows.append(shards[shard][i:i + block_size + 1].astype(np.int64))
     rows = np.stack(rows)
-    if rows.max() >= vocab_size:
-        raise ValueError(f'the data has token {rows.max()}, outside vocab_size ({vocab_size}): '
-                         'change --vocab_size')
+    check(rows.max() < vocab_size,
+          f'the data has token {rows.max()}, outside vocab_size ({vocab_size})', 'vocab_size')
     rows = torch.from_numpy(rows)
     return rows[:, :-1], rows[:, 1:]
 
@@ -332,14 +320,17 @@ def needle_batch(batch_size, block_size, n_chunks, rng):
 
     The first half of a sequence states facts, each a token of its own that says key and value; no
     key comes twice. The second half asks for each key once, and the target is its value; there are
-    no other targets. What chunk i states is asked for, in another order, in chunk n_chunks - 1 - i:
-    so a chunk looks back over one distance, and from its own chunk there is nothing to be learned.
+    no other targets. A chunk of the second half asks, in another order, for what one chunk of the
+    first half states; with two ranks or more that lies on another rank, and from its own chunk
+    there is nothing to be learned.
     """
     n_keys, shape = block_size // 2, (batch_size, n_chunks // 2, block_size // n_chunks)
     keys = rng.permuted(np.broadcast_to(np.arange(n_keys), (batch_size, n_keys)), axis=1)
     keys, values = keys.reshape(shape), rng.integers(N_VALUES, size=shape)
     order = rng.permuted(np.broadcast_to(np.arange(shape[2]), shape), axis=2)
-    asked, answers = (np.take_along_axis(t, order, axis=2)[:, ::-1] for t in (keys, values))
+    # zigzag puts chunk i and its mirror image on one rank: ask a quarter of the sequence further on
+    asked, answers = (np.roll(np.take_along_axis(t, order, axis=2)[:, ::-1], n_chunks // 4, axis=1)
+                      for t in (keys, values))
     x = np.concatenate((keys * N_VALUES + values, n_keys * N_VALUES + asked), axis=1)
     y = np.concatenate((np.full(shape, -1), answers), axis=1)
     return tuple(torch.from_numpy(t.reshape(batch_size, block_size)) for t in (x, y))
@@ -358,8 +349,8 @@ class Batches:
         try:
             x, y = (needle_batch(c.batch_size, c.block_size, c.n_chunks, rng) if shards is None else
                     get_batch(shards, c.batch_size, c.block_size, self.vocab_size, rng))
-        except ValueError as e:
-            fail(e)
+        except ValueError as e:  # perhaps of this rank alone
+            sys.exit(f'train.py: rank {self.world.rank}: {e}')
         n_targets = (int((y != -1).sum()),) if ring.world_size > 1 else ()
         x, y = (ring.shard(t, c.block_size // c.n_chunks) for t in (x, y))
         if device.type == 'cuda':
@@ -386,9 +377,8 @@ def plan(c):
     Raises ValueError if the configuration is not possible.
     """
     P, links = c.cp or 8, {'300 Mbit/s': 300, '1 Gbit/s': 1000, '100 Gbit/s': 100_000}
-    if P == 1 or c.tflops <= 0:
-        raise ValueError(f'--plan needs cp ({P}) of at least 2, as one rank sends nothing, and '
-                         f'tflops ({c.tflops:g}) above 0')
+    check(P > 1 and c.tflops > 0, f'--plan needs cp ({P}) of at least 2, as one rank sends '
+          f'nothing, and tflops ({c.tflops:g}) above 0', 'cp', 'tflops')
     full = dict(send='full', wire_dtype='compute', grad_wire_dtype='same')
     paper = dict(full, send='subspace', **METHODS['paper'], rank=paper_rank(vars(c)), rank_k=0)
     rows = {'`--send=full`': full, '`--send=topk`': dict(full, send='topk'),
@@ -409,7 +399,8 @@ def plan(c):
             kv = torch.empty(*shape, dtype=dtype)
             layers = [b.attn.codec.wire_bytes(kv) for b in model.h if b.attn.codec]
         fwd, bwd = (n_sequences * (P - 1) * sum(n) for n in zip((0, 0), *layers))
-        sync = 2 * (P - 1) / P * sum(p.nbytes for p in model.parameters()) / o.sync_every
+        n_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        sync = 2 * (P - 1) / P * n_bytes / o.sync_every
         compute = model.flops_per_token() * n_tokens / P / c.tflops / 1e12
         all_full = all_full or fwd + bwd
         cells = [f'{fwd / 1e6:,.1f} + {bwd / 1e6:,.1f}', f'{1 - (fwd + bwd) / all_full:.2%}',
@@ -431,10 +422,9 @@ def plan(c):
 # -----------------------------------------------------------------------------
 # The processes
 
-def own_address():
-    """What this machine's name resolves to: where gloo tells others to connect to."""
+def address_of(name):
     try:
-        return socket.gethostbyname(socket.gethostname())
+        return socket.gethostbyname(name)
     except OSError:
         return 'nothing'
 
@@ -448,25 +438,24 @@ class World:
     def __init__(self, c):
         self.rank = int(os.environ.get('RANK', 0))
         self.world_size = int(os.environ.get('WORLD_SIZE', 1))
+        self.n_local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         self.master, self.cp = self.rank == 0, c.cp or self.world_size
-        if self.world_size % self.cp:
-            fail(f'world size ({self.world_size}) must be a multiple of cp ({self.cp}): change '
-                 '--cp or --nproc_per_node')
+        check(self.world_size % self.cp == 0, f'world size ({self.world_size}) must be a multiple '
+              f'of cp ({self.cp})', 'cp', 'nproc_per_node')
         self.dp, self.dp_rank = self.world_size // self.cp, self.rank // self.cp
-        if c.gradient_accumulation_steps % self.dp:
-            fail(f'gradient_accumulation_steps ({c.gradient_accumulation_steps}) must be a '
-                 f'multiple of dp, world size / cp ({self.dp}): change '
-                 '--gradient_accumulation_steps or --cp')
-        try:
-            zigzag(c.n_chunks, self.cp, 0)
-        except ValueError as e:
-            fail(e)
+        n = c.gradient_accumulation_steps
+        check(n % self.dp == 0, f'gradient_accumulation_steps ({n}) must be a multiple of dp, '
+              f'world size / cp ({self.dp})', 'gradient_accumulation_steps', 'cp')
+        zigzag(c.n_chunks, self.cp, 0)
         self.device = self.pick_device(c.device)
         default = 'bfloat16' if self.device.type == 'cuda' else 'float32'
         self.dtype = getattr(torch, default if c.dtype == 'auto' else c.dtype)
         # no cache: a weight is used once in a forward pass, and a CUDA graph must not find one
         self.autocast = nullcontext() if self.dtype != torch.bfloat16 else torch.autocast(
             self.device.type, self.dtype, cache_enabled=False)
+        # a graph writes gradients where the last ones are: they cannot be accumulated
+        self.can_graph = self.device.type == 'cuda' and (
+            self.world_size == c.gradient_accumulation_steps == 1)
         self.ring, self.store = Ring(link=Link(c.link_mbps, c.latency_ms)), None
 
     def say(self, text):
@@ -475,29 +464,38 @@ class World:
             sys.stdout.flush()
 
     def pick_device(self, wanted):
-        local_rank = int(os.environ.get('LOCAL_RANK', 0))
-        n_processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        said = f'{n_processes} processes on this machine, {n_gpus} GPUs'
-        if n_gpus < n_processes and wanted == 'cuda':
-            fail(f'--device=cuda needs a GPU per process: {said}')
-        if 0 < n_gpus < n_processes and wanted == 'auto':
+        said = f'{self.n_local} processes on this machine, {n_gpus} GPUs'
+        check(wanted != 'cuda' or n_gpus >= self.n_local, f'--device=cuda needs a GPU per process '
+              f'({said})', 'device', 'nproc_per_node')
+        if 0 < n_gpus < self.n_local and wanted == 'auto':
             self.say(f'running on CPU: {said}')
-        if n_gpus < n_processes or wanted == 'cpu':
+        if n_gpus < self.n_local or wanted == 'cpu':
             return torch.device('cpu')
-        torch.cuda.set_device(local_rank)
-        return torch.device('cuda', local_rank)
+        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+        torch.cuda.set_device(device)
+        return device
 
     def join(self, c, facts):
-        """Make the process groups. facts: {name: value} that must be the same on every rank."""
+        """
+        Make the process groups. facts: {name: value} that must be the same on every rank. Raises
+        ValueError if they are not, or if the others are not reached.
+        """
         if self.world_size == 1:
             return
+        cuda, several_machines = self.device.type == 'cuda', self.n_local < self.world_size
+        first, own = os.environ.get('MASTER_ADDR', ''), socket.gethostname()
+        if several_machines and not cuda and 'GLOO_SOCKET_IFNAME' not in os.environ and (
+                address_of(own).startswith('127.') and not address_of(first).startswith('127.')):
+            raise ValueError(
+                f'the others could not reach this machine: gloo would tell them {address_of(own)}, '
+                f'the address of its name {own}. Set GLOO_SOCKET_IFNAME to the network interface '
+                f'that reaches {first} (ip address lists them; for GPUs: NCCL_SOCKET_IFNAME)')
         timeout = timedelta(seconds=c.timeout_s + 300 * c.compile)  # others may still be compiling
         try:
             store, _, _ = next(dist.rendezvous('env://', timeout=timeout))
             # torchrun keeps the store, with what an earlier start has left in it, over restarts
             self.store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
-            cuda = self.device.type == 'cuda'
             dist.init_process_group('nccl' if cuda else 'gloo', store=self.store, rank=self.rank,
                                     world_size=self.world_size, timeout=timeout,
                                     device_id=self.device if cuda else None)
@@ -505,15 +503,15 @@ class World:
             dist.all_gather_object(everyone, facts)
             group, _ = dist.new_subgroups(self.cp, timeout=timeout)
         except RuntimeError as e:
-            fail(f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}). '
-                 f'This machine takes its own name, {socket.gethostname()}, for {own_address()}: '
-                 'if the others cannot reach it there, name the network interface that they can '
-                 'in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME')
+            raise ValueError(
+                f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): is '
+                f'{first} the first machine, its port open, and the network interface to use named '
+                'in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME?') from e
         for other, theirs in enumerate(everyone):
             for name, value in theirs.items():
                 if value != everyone[0][name]:
-                    fail(f'rank {other} has {name} {value}, and rank 0 has {everyone[0][name]}: '
-                         'they must be the same')
+                    raise ValueError(f'rank {other} has {name} {value}, and rank 0 has '
+                                     f'{everyone[0][name]}: they must be the same')
         self.ring = Ring(group, self.ring.link)
 
     def wait_for_checkpoint(self, name):
@@ -547,18 +545,14 @@ def sends_at(it, c):
 
 
 def load_checkpoint(path):
-    """A checkpoint as `save_checkpoint` left it, on the CPU. Exits if it is not one."""
-    change = 'change --init_from or --out_dir'
-    if not path.exists():
-        fail(f'there is no {path} on this machine to resume from: {change}')
+    """A checkpoint as `save` left it, on the CPU. Raises ValueError if it is not one."""
+    check(path.exists(), f'there is no {path} here to resume from', 'init_from', 'out_dir')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        return {k: checkpoint[k] for k in ('model', 'optimizer', 'config', *STATE)}
     except Exception as e:  # whatever a damaged or foreign file makes of it
-        fail(f'{path} is damaged or not a checkpoint ({type(e).__name__}): {change}')
-    for key in CHECKPOINT:
-        if not isinstance(checkpoint, dict) or key not in checkpoint:
-            fail(f'{path} is not a checkpoint of this code, it has no {key!r}: {change}')
-    return checkpoint
+        raise ValueError(f'{path} is damaged or not a checkpoint of this code '
+                         f'({type(e).__name__}): change --init_from or --out_dir') from e
 
 
 def load_optimizer(optimizer, state):
@@ -587,13 +581,13 @@ def save_checkpoint(path, checkpoint):
               'it is untouched', file=sys.stderr)
 
 
-def build(c, config, world, checkpoint):
-    """-> model and optimizer, the same on all ranks."""
+def build(c, world, checkpoint):
+    """-> model and optimizer, the same on all ranks. Raises ValueError."""
     torch.manual_seed(c.seed)
     if world.dtype == torch.bfloat16:  # float32 is for comparing runs to the last digit
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     dtype = torch.float64 if world.dtype == torch.float64 else torch.float32
-    model = GPT(config, world.ring).to(world.device, dtype)
+    model = GPT(model_config(c), world.ring).to(world.device, dtype)
     optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2),
                                            world.device.type, c.basis_lr)
     if checkpoint:
@@ -601,8 +595,9 @@ def build(c, config, world, checkpoint):
             model.load_state_dict(checkpoint['model'])
             load_optimizer(optimizer, checkpoint['optimizer'])
         except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as e:
-            fail(f'{Path(c.out_dir) / "ckpt.pt"} does not fit the model that its own flags '
-                 f'describe ({str(e).split(":")[0]}): change --init_from or --out_dir')
+            raise ValueError(
+                f'{Path(c.out_dir) / "ckpt.pt"} does not fit the model that its own flags describe '
+                f'({str(e).split(":")[0]}): change --init_from or --out_dir') from e
     if world.world_size > 1:  # before the run proper: neither counted nor delayed
         with waiting('rank 0', 'the broadcast of the weights'):
             for tensor in model.state_dict().values():
@@ -643,8 +638,8 @@ def start_bases(c, model, batches, world, iter_num):
     moments = [sum(several) for several in zip(*moments)]
     average(moments, world.ring)
     # rank 0's for all, as an average: machines may differ in the last digit of an eigenvector
-    directions = [principal_directions(m, b.U0.shape[1]).to(b.U0.dtype)
-                  * (world.world_size if world.master else 0) for m, b in zip(moments, model.bases)]
+    directions = [principal_directions(m, b.U0.shape[1]).to(b.U0.dtype) * world.world_size
+                  if world.master else torch.zeros_like(b.U0) for m, b in zip(moments, model.bases)]
     average(directions, world.ring)
     for basis, U0 in zip(model.bases, directions):
         basis.start(U0)
@@ -682,8 +677,8 @@ def save(c, model, optimizer, world, iter_num, best_val_loss, seconds):
     if world.master:
         save_checkpoint(Path(c.out_dir) / 'ckpt.pt', {
             'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
-            'model_args': vars(model.config), 'iter_num': iter_num, 'seconds': seconds,
-            'best_val_loss': best_val_loss})
+            'model_args': vars(model.config),  # GPTConfig(**model_args) is the model, as in nanoGPT
+            'iter_num': iter_num, 'best_val_loss': best_val_loss, 'seconds': seconds})
     world.wait_for_checkpoint(f'checkpoint {iter_num}')
 
 
@@ -765,59 +760,59 @@ def summarize(meter, full, world):
 
 def prepare(c, checkpoint):
     """
-    All that can be wrong is found here, before the first byte is sent -> the model's configuration,
-    World, Batches, and the facts that all ranks must agree on.
+    Reads data and looks for faults before the first byte is sent -> World, Batches, and the facts
+    that all ranks must agree on. Raises ValueError or OSError.
     """
-    world, train, val, facts = World(c), None, None, {}
+    world, train, val = World(c), None, None
+    facts = {f'--{k}': v for k, v in vars(c).items() if k not in ('out_dir', 'data', 'val_data')}
+    facts.update({'torch': torch.__version__, 'WORLD_SIZE': world.world_size,
+                  'device': world.device.type,
+                  'a checkpoint of': checkpoint and [checkpoint[k] for k in STATE]})
+    if c.data != 'needle':
+        train, val = load_data(c.data, c.val_data, c.block_size)
+        facts['training data with checksum'] = fingerprint(train)
+        facts['validation data with checksum'] = fingerprint(val)
+    if world.master:
+        Path(c.out_dir).mkdir(parents=True, exist_ok=True)
+        check(os.access(c.out_dir, os.W_OK), f'out_dir ({c.out_dir}) cannot be written', 'out_dir')
+    if c.compile and world.device.type == 'cpu' and (why := kernels.cannot_compile()):
+        raise ValueError('--compile needs a C++ compiler that PyTorch can use, for example g++, '
+                         f'and has none ({why}): install one, or leave out --compile')
+    return world, Batches(c, world, model_config(c).vocab_size, train, val), facts
+
+
+def set_up(argv):
+    """-> what `train` needs, or None after --plan. Exits with a sentence if something is wrong."""
     try:
-        vocab_size = c.vocab_size
-        if c.data == 'needle':
-            vocab_size = c.block_size // 2 * (N_VALUES + 1)
-        else:
-            train, val = load_data(c.data, c.val_data, c.block_size)
-            facts = {'training data with checksum': fingerprint(train),
-                     'validation data with checksum': fingerprint(val)}
-            vocab_size = vocab_size or (50304 if train[0].dtype == np.uint16 else 256)
-        if world.master:
-            Path(c.out_dir).mkdir(parents=True, exist_ok=True)
-            if not os.access(c.out_dir, os.W_OK):
-                raise ValueError(f'out_dir ({c.out_dir}) cannot be written: change --out_dir')
+        c, checkpoint = parse_config(argv)
+        if c.plan:
+            return print(plan(c))
+        world, batches, facts = prepare(c, checkpoint)
+        world.join(c, facts)
+        model, optimizer = build(c, world, checkpoint)
     except ValueError as e:
         fail(e)
     except OSError as e:
-        fail(f'{e.filename} cannot be read or made ({e.strerror}): change --data, --val_data or '
-             '--out_dir')
-    if c.compile and world.device.type == 'cpu' and (why := kernels.cannot_compile()):
-        fail(f'--compile needs a C++ compiler that PyTorch can use, for example g++, and has none '
-             f'({why}): install one, or leave out --compile')
-    facts.update({f'--{k}': v for k, v in vars(c).items()
-                  if k not in ('out_dir', 'data', 'val_data')})
-    facts.update({'torch': torch.__version__, 'WORLD_SIZE': world.world_size,
-                  'device': world.device.type,
-                  'a checkpoint of iteration': checkpoint and checkpoint['iter_num']})
-    config = model_config(c, vocab_size)
-    return config, world, Batches(c, world, vocab_size, train, val), facts
+        fail(f'{e.filename or e} cannot be read or made ({e.strerror}): change --data, --val_data '
+             'or --out_dir')
+    describe(c, model, world)
+    state = [checkpoint[k] for k in STATE] if checkpoint else [0, math.inf, 0.0]
+    return c, model, optimizer, batches, world, *state
 
 
 def main(argv=None):
     """One training run. Returns a dict: iter_num, loss, val_loss, the log's records, the model."""
-    c, checkpoint = parse_config(sys.argv[1:] if argv is None else argv)
-    if c.plan:
-        try:
-            return print(plan(c))
-        except ValueError as e:
-            fail(e)
-    config, world, batches, facts = prepare(c, checkpoint)
     try:
-        world.join(c, facts)
-        model, optimizer = build(c, config, world, checkpoint)
-        describe(c, model, world)
-        result = train(c, model, optimizer, batches, world, checkpoint)
+        run = set_up(sys.argv[1:] if argv is None else argv)
+        if run is None:
+            return None
+        result = train(*run)
     except PeerError as e:
         print(f'train.py: {e}', file=sys.stderr, flush=True)
         os._exit(1)  # taking down groups whose members are gone can hang
     if dist.is_initialized():
         dist.destroy_process_group()
+    c, model, _, _, world, *_ = run
     if world.master and c.sample_tokens and not c.eval_only:
         sample(c, model, world)
     return result
@@ -845,13 +840,9 @@ def sample(c, model, world):
     world.say('--- sample\n' + bytes(text.tolist()).decode(errors='replace'))
 
 
-def train(c, model, optimizer, batches, world, checkpoint):
+def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds):
     """The loop. Returns what `main` does."""
     meter, params = world.ring.meter, [p for p in model.parameters() if p.requires_grad]
-    iter_num, best_val_loss, seconds = 0, math.inf, 0.0
-    if checkpoint:
-        iter_num, best_val_loss, seconds = (
-            checkpoint[k] for k in ('iter_num', 'best_val_loss', 'seconds'))
     first_iter, first_seconds, logged_at = iter_num, seconds, (iter_num, seconds)
     log = Log(Path(c.out_dir) / 'log.jsonl', world, math.inf if c.eval_only else iter_num)
     tokens_per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size
@@ -871,15 +862,17 @@ def train(c, model, optimizer, batches, world, checkpoint):
         if loss_of is None or sends_at(iter_num, c) != sends_at(iter_num - 1, c):
             model.set_send(sends_at(iter_num, c))
             loss_of = Loss(model)
-            if c.compile and world.device.type == 'cuda' and world.world_size == 1 and not done:
+            if c.compile and world.can_graph:
                 with world.autocast:
                     loss_of = graphed(model, *batches.training(iter_num, 0))
         # with sync_every > 1 at the first sync after it is due, when all have the same weights
         due = iter_num // c.eval_interval > (iter_num - c.sync_every) // c.eval_interval
         if done or due and iter_num % c.sync_every == 0:
-            paused = time.perf_counter()  # validating and saving do not count
+            paused, sent = time.perf_counter(), Counter(meter)  # validating and saving do not count
             val_loss, record['val_loss_by_chunk'] = validate(model, batches, world)
             record['val_loss'] = val_loss
+            meter.clear()
+            meter.update(sent)
             world.say(f'iter {iter_num}: val loss {val_loss:.4f}')
             best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
             if iter_num > first_iter and math.isfinite(val_loss) and (
