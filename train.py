@@ -146,7 +146,8 @@ def parse_flags(argv):
         argument_default=argparse.SUPPRESS, description=__doc__.strip().split('\n')[0])
     parser.error, defaults = fail, {}
     for config in (RunConfig, GPTConfig):
-        group, source = parser.add_argument_group(config.__doc__), inspect.getsource(config)
+        group = parser.add_argument_group(config.__doc__.split('.')[0])
+        source = inspect.getsource(config)
         meaning = dict(re.findall(r'^    (\w+): .*?  # (.*)$', source, re.MULTILINE))
         for f in dataclasses.fields(config):
             boolean = dict(type=parse_bool, nargs='?', const=True, metavar='BOOL')
@@ -179,8 +180,8 @@ def parse_config(argv):
         if odd := set(saved) ^ set(config):
             raise ValueError(f'{path} is of another version of this code, which differs in '
                              f'--{min(odd)}: change --init_from or --out_dir')
-        for name in {*MODEL_FLAGS, 'preset', 'method'} - {*HERE_FLAGS}:
-            if given.get(name, saved[name]) != saved[name]:
+        for name in (*MODEL_FLAGS, 'preset', 'method'):
+            if name not in HERE_FLAGS and given.get(name, saved[name]) != saved[name]:
                 raise ValueError(f'--{name}={given[name]} differs from the checkpoint, which has '
                                  f'{saved[name]}')
         config = {**config, **{k: v for k, v in saved.items() if k not in HERE_FLAGS}, **given}
@@ -196,7 +197,7 @@ def parse_config(argv):
 def paper_rank(config):
     """The paper's 2 % of the keys' width and 5 % of the values'; 143 at width 2048."""
     n_kv_head = config['n_kv_head'] or config['n_head']
-    return round(0.07 * config['n_embd'] * n_kv_head / config['n_head'])
+    return max(2, round(0.07 * config['n_embd'] * n_kv_head / config['n_head']))
 
 
 def model_config(c):
@@ -211,7 +212,8 @@ def check_values(c):
     """Raises ValueError on impossible values, before any data is read."""
     for f in dataclasses.fields(RunConfig):
         lowest, value = int(f.name in AT_LEAST_1), getattr(c, f.name)
-        check(f.type is str or value >= lowest, f'{f.name} ({value}) must be at least {lowest}', f.name)
+        check(f.type is str or value >= lowest, f'{f.name} ({value}) must be at least {lowest}',
+              f.name)
     model_config(c)
     check(c.beta1 < 1 and c.beta2 < 1, f'beta1 ({c.beta1}) and beta2 ({c.beta2}) must be below 1',
           'beta1', 'beta2')
