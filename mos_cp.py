@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from ring import Ring, all_reduce, attend, positions
+from ring import Ring, attend, positions
 
 CHOICES = {  # the values an option takes; train.py's flags check against these too
     'send': ('full', 'local', 'topk', 'subspace'),
@@ -440,7 +440,7 @@ class GPT(nn.Module):
         if n_targets is None:
             n_targets = (targets != -1).sum()
             if self.ring.world_size > 1:
-                all_reduce(n_targets, 'counting targets', group=self.ring.group)
+                self.ring.all_reduce(n_targets, 'counting targets', group=self.ring.group)
         return logits, losses.sum() * self.ring.world_size / n_targets
 
     def hidden(self, idx):

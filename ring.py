@@ -28,6 +28,7 @@ from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 
 import kernels
 from kernels import Call
@@ -132,6 +133,7 @@ class Link:
         self.seconds_per_byte = 8e-6 / mbps if mbps else 0.0
         self.latency = latency_ms / 1e3
         self.sent_until = self.received_until = 0.0
+        self.first = None  # the first CUDA event, and its time
 
     def send(self, n_bytes, now):
         """Queue n_bytes for sending at time `now` (s) -> the time when the last of them leaves."""
@@ -147,11 +149,25 @@ class Link:
     def sleep_until(self, moment):
         self.sleep(max(0.0, moment - self.clock()))
 
-    def now(self, device):
-        """The time at which everything launched so far is computed: only that can be sent."""
-        if device.type == 'cuda':
-            torch.cuda.current_stream().synchronize()
-        return self.clock()
+    def computed(self, device):
+        """
+        -> a function that waits until all that was launched before this call is computed, since
+        only that can be sent, and returns the time when it was.
+        """
+        now = self.clock()
+        if device.type != 'cuda':
+            return lambda: now
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        if self.first is None:
+            event.synchronize()
+            self.first = event, self.clock()
+
+        def moment():
+            event.synchronize()
+            first, at = self.first
+            return at + first.elapsed_time(event) / 1e3
+        return moment
 
 
 class Ring:
@@ -201,7 +217,7 @@ class Ring:
         self.count(phase, n_bytes)
         if link.dialled:  # the time when its last byte leaves travels inside the message
             device = tensors[0].device
-            leaves = link.send(n_bytes, link.now(device))
+            leaves = link.send(n_bytes, link.computed(device)())
             tensors.append(torch.tensor([leaves], dtype=torch.float64, device=device))
         received = [torch.empty_like(t) for t in tensors]
         to, source = (dist.get_global_rank(self.group, r % self.world_size) for r in (to, source))
@@ -244,12 +260,39 @@ class Ring:
         return arrivals()
 
 
-def all_reduce(tensor, what, op=dist.ReduceOp.SUM, group=None):
-    """All-reduce `tensor` in place over a group, None: all ranks. what: for the error message."""
-    if dist.is_initialized():
-        with waiting('all other ranks', what):
-            dist.all_reduce(tensor, op, group)
-    return tensor
+    def all_reduce(self, tensor, what, op=dist.ReduceOp.SUM, group=None):
+        """In place, over a group or (None) all ranks of the run. what: for the error message."""
+        if dist.is_initialized():
+            with waiting('all other ranks', what):
+                dist.all_reduce(tensor, op, group)
+        return tensor
+
+
+class Rehearsal(Ring):
+    """
+    The middle rank of a ring of `world_size`, played by one process alone: what would come from
+    another rank is a copy of our own, no earlier than the link allows. Compute, memory and bytes
+    are those of a real rank, as zigzag makes all alike; the results mean nothing.
+    """
+
+    def __init__(self, world_size, link=None):
+        super().__init__(None, link)
+        self.rank, self.world_size = world_size // 2, world_size
+
+    def exchange(self, tensors, to, source, phase):
+        received = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+        n_bytes, link = sum(t.nbytes for t in received), self.link
+        self.count(phase, n_bytes)
+        computed = link.computed(received[0].device)
+
+        def wait():
+            if link.dialled:
+                link.sleep_until(link.receive(n_bytes, link.send(n_bytes, computed())))
+            return received
+        return wait
+
+    def all_reduce(self, tensor, what, op=dist.ReduceOp.SUM, group=None):
+        return tensor.mul_(self.world_size) if op == dist.ReduceOp.SUM else tensor
 
 
 @torch.no_grad()
@@ -261,17 +304,18 @@ def average(tensors, ring):
     The meter is charged what an all-reduce over N ranks costs each of them at least, 2 (N - 1) / N
     of the bytes each way (Patarasuk and Yuan 2009).
     """
-    if not dist.is_initialized():
+    N = dist.get_world_size() if dist.is_initialized() else ring.world_size
+    if N == 1:
         return
-    N, link, what = dist.get_world_size(), ring.link, 'the average of gradients or weights'
+    link, what = ring.link, 'the average of gradients or weights'
     flat = torch.cat([t.flatten() for t in tensors])
     n_bytes = 2 * (N - 1) * flat.nbytes // N
     ring.count('sync', n_bytes)
     if link.dialled:  # it ends for none before the last has begun
-        leaves = torch.tensor([link.send(n_bytes, link.now(flat.device))], dtype=torch.float64,
-                              device=flat.device)
-        all_reduce(leaves, what, dist.ReduceOp.MAX)
-    all_reduce(flat, what)
+        leaves = torch.tensor([link.send(n_bytes, link.computed(flat.device)())],
+                              dtype=torch.float64, device=flat.device)
+        ring.all_reduce(leaves, what, dist.ReduceOp.MAX)
+    ring.all_reduce(flat, what)
     if link.dialled:  # its steps wait for each other
         link.sleep_until(link.receive(n_bytes, leaves.item() + (2 * N - 3) * link.latency))
     parts = flat.div_(N).split([t.numel() for t in tensors])
@@ -477,7 +521,6 @@ def _theirs(mesh, tensors, backend):
     from torch.distributed.tensor.experimental import context_parallel
     from torch.distributed.tensor.experimental._attention import set_rotate_method
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
     set_rotate_method('alltoall')
     kernel = SDPBackend.CUDNN_ATTENTION if backend == 'cudnn' else SDPBackend.FLASH_ATTENTION
 
@@ -487,7 +530,7 @@ def _theirs(mesh, tensors, backend):
             for x in leaves:
                 x.requires_grad_()
             result = _milliseconds(lambda: torch.autograd.grad(
-                scaled_dot_product_attention(*leaves, is_causal=True), leaves, dout), n)
+                F.scaled_dot_product_attention(*leaves, is_causal=True), leaves, dout), n)
             for x in leaves:
                 x.requires_grad_(False)
         return result

@@ -10,6 +10,7 @@ Train a GPT on long sequences split over several workers, with compressed ring a
 `python train.py --help` lists every flag. Read next: mos_cp.py (the model), ring.py (the wire).
 """
 import argparse
+import bisect
 import dataclasses
 import difflib
 import glob
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 import kernels
 from mos_cp import CHOICES, GPT, GPTConfig, Loss, check, graphed, principal_directions
-from ring import Link, PeerError, Ring, all_reduce, average, waiting, zigzag
+from ring import Link, PeerError, Rehearsal, Ring, average, waiting, zigzag
 
 # -----------------------------------------------------------------------------
 # Configuration. The fields of RunConfig and of GPTConfig (mos_cp.py) are the flags: name, type,
@@ -81,6 +82,7 @@ class RunConfig:
     sync_every: int = 1  # 1: average gradients every iteration; c: weights every c (local AdamW)
     device: str = 'auto'  # auto, cpu or cuda; auto: cuda if every process can have a GPU
     dtype: str = 'auto'  # auto (bfloat16 on cuda, else float32), float32, bfloat16, float64
+    rehearse: int = 0  # one process acts as one of so many ranks: its time, memory and bytes
     link_mbps: float = 0.0  # simulate links this slow, in megabits a second each way; 0: do not
     latency_ms: float = 0.0  # and this latency one way, in milliseconds
     plan: bool = False  # print what crosses the wire, and how long that takes; no training
@@ -371,54 +373,109 @@ class Batches:
 # -----------------------------------------------------------------------------
 # Sizing a run before renting machines
 
+class Estimate:
+    """What a token of the sequence costs one of P ranks: bytes it receives, seconds it computes."""
+
+    def __init__(self, c, P, ulysses=False, **options):
+        config = model_config(argparse.Namespace(**{**vars(c), **options}))
+        dtype = getattr(torch, 'bfloat16' if c.dtype == 'auto' else c.dtype)
+        with torch.device('meta'):
+            model = GPT(config)
+            shape = 1, config.block_size // P, 2, config.n_kv_head, config.head_dim
+            kv = torch.empty(*shape, dtype=dtype)
+            layers = [b.attn.codec.wire_bytes(kv) for b in model.h if b.attn.codec]
+        self.fwd, self.bwd = (sum(n) * (P - 1) / config.block_size for n in zip((0, 0), *layers))
+        self.P, self.hides = P, not ulysses
+        if ulysses:  # queries, keys, values and outputs change hands, and so do their gradients
+            n_numbers = 2 * config.n_embd + 2 * config.n_kv_head * config.head_dim
+            self.fwd = self.bwd = n_numbers * dtype.itemsize * config.n_layer * (P - 1) / P**2
+        n_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        self.sync = 2 * (P - 1) / P * n_bytes / c.sync_every  # an iteration, not a token
+        rest = 6 * model.get_num_params()
+        self.rest_s = rest / P / c.tflops / 1e12
+        whole = model.flops_per_token() / P / c.tflops / 1e12
+        self.attention_s = (whole - self.rest_s) / c.block_size  # times the length of the context
+
+    def seconds(self, n, mbps):
+        """
+        Of a sequence of n tokens, without the sync. A layer's exchange can hide under its attention
+        alone, of which two sevenths are forward, and under all but one block of that: the last to
+        arrive, or the first to have a gradient. Ulysses' attention waits for its exchange.
+        """
+        seconds = self.rest_s
+        for n_bytes, part in ((self.fwd, 2 / 7), (self.bwd, 5 / 7)):
+            wire, attention = n_bytes * 8e-6 / mbps, part * self.attention_s * n
+            seconds += max(attention, wire + attention / self.P) if self.hides else attention + wire
+        return n * seconds
+
+    def speed(self, n, mbps):
+        """As a share of the speed without a slow link. It grows with n."""
+        return self.seconds(n, math.inf) / self.seconds(n, mbps)
+
+    def hidden_from(self, mbps):
+        """The context from which the speed is ENOUGH."""
+        return bisect.bisect_left(range(1, 10**9), ENOUGH, key=lambda n: self.speed(n, mbps)) + 1
+
+
+ENOUGH = 0.95  # of the speed without a slow link
+
+
 def plan(c):
     """
-    A table for one ring of c.cp ranks: what a rank receives in an iteration, how long that takes on
-    several links, and the tokens/s it allows, for this configuration beside others. All computed.
-
-    Raises ValueError if the configuration is not possible.
+    What one rank of a ring receives in an iteration, how long that takes and which speed it allows,
+    for what a user would choose between, and a verdict. All computed. Raises ValueError.
     """
-    P, links = c.cp or 8, {'300 Mbit/s': 300, '1 Gbit/s': 1000, '100 Gbit/s': 100_000}
+    P, n, links = c.rehearse or c.cp or 8, c.block_size, {'300 Mbit/s': 300, '1 Gbit/s': 1000}
     check(P > 1 and c.tflops > 0, f'--plan needs cp ({P}) of at least 2, as one rank sends '
           f'nothing, and tflops ({c.tflops:g}) above 0', 'cp', 'tflops')
+    zigzag(c.n_chunks, P, 0)
     full = dict(send='full', wire_dtype='compute', grad_wire_dtype='same')
-    paper = dict(full, send='subspace', **METHODS['paper'], rank=paper_rank(vars(c)), rank_k=0)
-    rows = {'`--send=full`': full, '`--send=topk`': dict(full, send='topk'),
+    paper = {**full, **METHODS['paper'], 'send': 'subspace', 'rank': paper_rank(vars(c)),
+             'rank_k': 0, 'sync_every': c.sync_every}
+    quarter = c.n_head // 4 if c.n_head % 4 == 0 else 1
+    rows = {'`--send=full`': full, 'Ulysses': dict(full, ulysses=True),
+            f'`--send=full --n_kv_head={quarter}`': dict(full, n_kv_head=quarter),
+            '`--send=topk`': dict(full, send='topk'),
             '`--send=full --wire_dtype=int4`': dict(full, wire_dtype='int4'),
             '`--method=paper`': paper, '**this configuration**': {}}
     if c.n_layer == 1:  # the paper leaves out the last layer
         del rows['`--method=paper`']
-    n_sequences, all_full, lines = c.batch_size * c.gradient_accumulation_steps, None, []
-    n_tokens = n_sequences * c.block_size
-    dtype = getattr(torch, 'bfloat16' if c.dtype == 'auto' else c.dtype)
+    if c.n_head % P:  # each rank has some of the heads
+        del rows['Ulysses']
+    n_sequences, lines = c.batch_size * c.gradient_accumulation_steps, []
     for name, options in rows.items():
-        o = argparse.Namespace(**{**vars(c), **options})
-        config = model_config(o)
-        zigzag(config.n_chunks, P, 0)
-        with torch.device('meta'):
-            model = GPT(config)
-            shape = 1, c.block_size // P, 2, config.n_kv_head, config.head_dim
-            kv = torch.empty(*shape, dtype=dtype)
-            layers = [b.attn.codec.wire_bytes(kv) for b in model.h if b.attn.codec]
-        fwd, bwd = (n_sequences * (P - 1) * sum(n) for n in zip((0, 0), *layers))
-        n_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        sync = 2 * (P - 1) / P * n_bytes / o.sync_every
-        compute = model.flops_per_token() * n_tokens / P / c.tflops / 1e12
-        all_full = all_full or fwd + bwd
-        cells = [f'{fwd / 1e6:,.1f} + {bwd / 1e6:,.1f}', f'{1 - (fwd + bwd) / all_full:.2%}',
-                 f'{sync / 1e6:,.1f}']
+        e = Estimate(c, P, **options)
+        ring = n_sequences * n * (e.fwd + e.bwd)
+        cells = [f'{ring / 1e6:,.1f}', f'{e.sync / 1e6:,.1f}']
         for mbps in links.values():
-            ring_s, sync_s = (n * 8e-6 / mbps for n in (fwd + bwd, sync))
-            speed = n_tokens / (max(compute, ring_s) + sync_s)
-            cells.append(f'{ring_s:,.2f} + {sync_s:,.2f}: {speed:,.0f}')
+            speed = n_sequences * n / (n_sequences * e.seconds(n, mbps) + e.sync * 8e-6 / mbps)
+            cells.append(f'{ring * 8e-6 / mbps:,.2f} + {e.sync * 8e-6 / mbps:,.2f} s')
+            cells += [f'{speed:,.0f}', f'{e.hidden_from(mbps) / 1000:,.0f}K']
         lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
-    return (f'{P} ranks, {n_tokens:,} tokens an iteration, {dtype.itemsize} bytes a number, '
-            f'{compute:.2f} s of compute at {c.tflops:g} TFLOP/s a rank; all computed. MB that a '
-            'rank receives in an iteration: forward + backward over the ring; sync, its share of '
-            'the all-reduces of weights or gradients. Of each link the seconds for ring + sync, '
-            'and the tokens/s it allows if the ring hides under compute as far as it can and sync '
-            'does not; latency not counted.\n\n| | ring, MB | less than full | sync, MB | '
-            + ' | '.join(links) + ' |\n|---' + '|---:' * 6 + '|\n' + '\n'.join(lines))
+    compute = n_sequences * e.seconds(n, math.inf)
+    return (f'{P} ranks, {n_sequences * n:,} tokens an iteration, {compute:.2f} s of compute at '
+            f'{c.tflops:g} TFLOP/s a rank (--tflops; 370: an H100). All computed, latency not '
+            'counted. MB that a rank receives in an iteration over the ring, and in the sync of '
+            'weights or gradients; what they take; tokens/s if a layer\'s exchange hides under its '
+            f'attention and the sync under nothing; the context from which the ring runs at '
+            f'{ENOUGH:.0%} of its speed without a slow link.\n\n| | ring, MB | sync, MB | '
+            + ' | '.join(f'{link} | tokens/s | {ENOUGH:.0%} from' for link in links)
+            + ' |\n|---' + '|---:' * 8 + '|\n' + '\n'.join(lines) + '\n\n' + verdict(c, P, e))
+
+
+def verdict(c, P, e):
+    """What the plan comes to at 300 Mbit/s. e: the Estimate of this configuration."""
+    n, speed, text = c.block_size, e.speed(c.block_size, 300), ''
+    if speed < ENOUGH:
+        text = f'; {ENOUGH:.0%} from {e.hidden_from(300) / 1000:,.0f}K tokens of context on'
+        small, lowest = dict(wire_dtype='int4', grad_wire_dtype='same', rank_k=0), 2 - c.joint_kv
+        r = lowest - 1 + bisect.bisect_left(
+            range(lowest, c.rank + 1), True,
+            key=lambda r: Estimate(c, P, rank=r, **small).speed(n, 300) < ENOUGH)
+        if c.send == 'subspace' and r >= lowest:
+            text += f', or with --rank={r} --wire_dtype=int4'
+    return (f'At 300 Mbit/s: {speed:.0%} of the speed without a slow link{text}. The sync comes on '
+            f'top, {e.sync * 8e-6 / 300:,.1f} s an iteration with --sync_every={c.sync_every}.')
 
 
 # -----------------------------------------------------------------------------
@@ -439,9 +496,12 @@ class World:
 
     def __init__(self, c):
         self.rank = int(os.environ.get('RANK', 0))
-        self.world_size = int(os.environ.get('WORLD_SIZE', 1))
+        self.n_processes = int(os.environ.get('WORLD_SIZE', 1))
+        check(not c.rehearse or self.n_processes == 1, f'rehearse ({c.rehearse}) is for one '
+              f'process, and there are {self.n_processes}', 'rehearse', 'nproc_per_node')
+        self.world_size = c.rehearse or self.n_processes
         self.n_local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        self.master, self.cp = self.rank == 0, c.cp or self.world_size
+        self.master, self.cp = self.rank == 0, c.rehearse or c.cp or self.world_size
         check(self.world_size % self.cp == 0, f'world size ({self.world_size}) must be a multiple '
               f'of cp ({self.cp})', 'cp', 'nproc_per_node')
         self.dp, self.dp_rank = self.world_size // self.cp, self.rank // self.cp
@@ -458,7 +518,8 @@ class World:
         # a graph writes gradients where the last ones are: they cannot be accumulated
         self.can_graph = self.device.type == 'cuda' and (
             self.world_size == c.gradient_accumulation_steps == 1)
-        self.ring, self.store = Ring(link=Link(c.link_mbps, c.latency_ms)), None
+        link, self.store = Link(c.link_mbps, c.latency_ms), None
+        self.ring = Rehearsal(self.cp, link) if c.rehearse else Ring(link=link)
 
     def say(self, text):
         if self.master:
@@ -483,7 +544,7 @@ class World:
         Make the process groups. facts: {name: value} that must be the same on every rank. Raises
         ValueError if they are not, or if the others are not reached.
         """
-        if self.world_size == 1:
+        if self.n_processes == 1:
             return
         cuda, several_machines = self.device.type == 'cuda', self.n_local < self.world_size
         first, own = os.environ.get('MASTER_ADDR', ''), socket.gethostname()
@@ -600,7 +661,7 @@ def build(c, world, checkpoint):
             raise ValueError(
                 f'{Path(c.out_dir) / "ckpt.pt"} does not fit the model that its own flags describe '
                 f'({str(e).split(":")[0]}): change --init_from or --out_dir') from e
-    if world.world_size > 1:  # before the run proper: neither counted nor delayed
+    if world.n_processes > 1:  # before the run proper: neither counted nor delayed
         with waiting('rank 0', 'the broadcast of the weights'):
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, 0)
@@ -621,7 +682,7 @@ def validate(model, batches, world):
             losses = model.losses(model.hidden(x), y)[1]  # (B, T / cp)
         both = torch.stack((losses.double(), (y != -1).double()))
         sums[:, mine] += both.unflatten(2, (len(mine), -1)).sum(dim=(1, 3))
-    total, count = all_reduce(sums, 'validation').sum(dim=1).tolist()
+    total, count = world.ring.all_reduce(sums, 'validation').sum(dim=1).tolist()
     return total / count, [loss / n if n else None for loss, n in sums.T.tolist()]
 
 
@@ -640,7 +701,7 @@ def start_bases(c, model, batches, world, iter_num):
     moments = [sum(several) for several in zip(*moments)]
     average(moments, world.ring)
     # rank 0's for all, as an average: machines may differ in the last digit of an eigenvector
-    directions = [principal_directions(m, b.U0.shape[1]).to(b.U0.dtype) * world.world_size
+    directions = [principal_directions(m, b.U0.shape[1]).to(b.U0.dtype) * world.n_processes
                   if world.master else torch.zeros_like(b.U0) for m, b in zip(moments, model.bases)]
     average(directions, world.ring)
     for basis, U0 in zip(model.bases, directions):
@@ -687,10 +748,10 @@ def save(c, model, optimizer, world, iter_num, best_val_loss, seconds):
 class Log:
     """out_dir/log.jsonl, one record a line, written by rank 0; `records` are those of this run."""
 
-    def __init__(self, path, world, keep_before):
+    def __init__(self, path, writes, keep_before):
         """keep_before: of a log that is there, records of iterations before this one stay."""
-        self.path, self.master, self.records = path, world.master, []
-        if self.master:
+        self.path, self.writes, self.records = path, writes, []
+        if writes:
             lines = path.read_text().splitlines() if path.exists() else []
             kept = [line + '\n' for line in lines if self.is_before(line, keep_before)]
             path.with_suffix('.tmp').write_text(''.join(kept))
@@ -705,7 +766,7 @@ class Log:
 
     def write(self, record):
         self.records.append(record)
-        if self.master:
+        if self.writes:
             try:
                 with open(self.path, 'a') as f:
                     f.write(json.dumps(record) + '\n')
@@ -815,7 +876,7 @@ def main(argv=None):
     if dist.is_initialized():
         dist.destroy_process_group()
     c, model, _, _, world, *_ = run
-    if world.master and c.sample_tokens and not c.eval_only:
+    if world.master and c.sample_tokens and not c.eval_only and not c.rehearse:
         sample(c, model, world)
     return result
 
@@ -827,9 +888,12 @@ def describe(c, model, world):
                             break_on_hyphens=False))
     kernel = kernels.attention_backend(world.device.type, world.dtype, model.config.head_dim)
     n_tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
-    world.say(f'{model.get_num_params() / 1e6:.2f}M parameters; {world.world_size} process(es) = '
+    world.say(f'{model.get_num_params() / 1e6:.2f}M parameters; {world.n_processes} process(es) = '
               f'dp {world.dp} x cp {world.cp} on {world.device.type}, {world.dtype}; attention by '
               f'{kernel}; {n_tokens:,} tokens per iteration')
+    if c.rehearse:
+        world.say(f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory and '
+                  'bytes. The losses mean nothing; nothing is validated or saved')
 
 
 def sample(c, model, world):
@@ -846,9 +910,10 @@ def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds)
     """The loop. Returns what `main` does."""
     meter, params = world.ring.meter, [p for p in model.parameters() if p.requires_grad]
     first_iter, first_seconds, logged_at = iter_num, seconds, (iter_num, seconds)
-    log = Log(Path(c.out_dir) / 'log.jsonl', world, math.inf if c.eval_only else iter_num)
+    log = Log(Path(c.out_dir) / 'log.jsonl', world.master and not c.rehearse,
+              math.inf if c.eval_only else iter_num)
     tokens_per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size
-    loss = val_loss = loss_of = None
+    loss, val_loss, loss_of = math.nan, math.nan, None
     logged, n_skipped, in_a_row, full = Counter(), 0, 0, full_bytes(c, model, world)
     bar = tqdm(total=c.max_iters, initial=iter_num,
                disable=not (world.master and sys.stderr.isatty()))
@@ -869,7 +934,7 @@ def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds)
                     loss_of = graphed(model, *batches.training(iter_num, 0))
         # with sync_every > 1 at the first sync after it is due, when all have the same weights
         due = iter_num // c.eval_interval > (iter_num - c.sync_every) // c.eval_interval
-        if done or due and iter_num % c.sync_every == 0:
+        if (done or due and iter_num % c.sync_every == 0) and not c.rehearse:
             paused, sent = time.perf_counter(), Counter(meter)  # validating and saving do not count
             val_loss, record['val_loss_by_chunk'] = validate(model, batches, world)
             record['val_loss'] = val_loss
@@ -900,7 +965,7 @@ def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds)
         bar.update()
         logging = record['iter'] % c.log_interval == 0 or iter_num == c.max_iters
         if logging:
-            loss = all_reduce(loss, 'the average of losses').item() / world.world_size
+            loss = world.ring.all_reduce(loss, 'the average of losses').item() / world.world_size
         seconds += time.perf_counter() - start
         if logging:
             dt = (seconds - logged_at[1]) / (iter_num - logged_at[0])
@@ -914,8 +979,8 @@ def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds)
     bar.close()
     if iter_num > first_iter:
         n = iter_num - first_iter
-        world.say(f'{n} iterations, {n * tokens_per_iter:,} tokens in {seconds - first_seconds:.0f}'
-                  f's; final loss {loss:.4f}, val loss {val_loss:.4f}')
+        world.say(f'{n} iterations, {n * tokens_per_iter:,} tokens in '
+                  f'{seconds - first_seconds:.0f}s')
         summarize(meter, n * full, world)
     return {'iter_num': iter_num, 'loss': loss, 'val_loss': val_loss, 'records': log.records,
             'model': model}
