@@ -1016,7 +1016,7 @@ def test_plan_says_from_where_on_it_pays():
 SMALL = ('--block_size=128 --n_chunks=8 --n_layer=2 --n_head=2 --n_embd=32 --batch_size=1 '
          '--warm_start=3 --max_iters=12 --lr_decay_iters=12 --eval_interval=6 --eval_iters=2 '
          '--log_interval=1 --sample_tokens=0 --gradient_accumulation_steps=4 --dtype=float64 '
-         '--warmup_iters=2 --rank=6 --wire_dtype=compute').split()
+         '--warmup_iters=2 --rank=6 --wire_dtype=compute --device=cpu').split()
 
 
 def small_run(out_dir, *argv):

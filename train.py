@@ -48,7 +48,7 @@ from ring import Link, PeerError, Rehearsal, Ring, average, waiting, zigzag
 @dataclass
 class RunConfig:
     """The run: data, schedule, optimizer, processes."""
-    preset: str = 'tiny'  # sizes and schedule: tiny, 124m or 800m; single flags override it
+    preset: str = 'tiny'  # sizes and schedule: tiny, needle, 124m or 800m; single flags override it
     method: str = 'ours'  # ours (the defaults), or paper: every option as in the paper
     data: str = 'stdlib'  # stdlib (Python's source), a text file (bytes), uint16 .bin, glob, needle
     val_data: str = ''  # validation data; empty: a tenth of --data
@@ -92,6 +92,8 @@ class RunConfig:
 
 PRESETS = {
     'tiny': {},
+    'needle': dict(data='needle', n_layer=2, n_embd=64, block_size=64, n_chunks=8, batch_size=64,
+                   max_iters=500, learning_rate=4e-3, eval_interval=250, sample_tokens=0),
     '124m': dict(n_layer=12, n_head=12, n_embd=768, rank=128, block_size=16384, batch_size=1,
                  gradient_accumulation_steps=16, max_iters=10000, warm_start=500,
                  warmup_iters=500, learning_rate=6e-4, min_lr=6e-5, eval_interval=500),
@@ -671,19 +673,22 @@ def build(c, world, checkpoint):
 @torch.no_grad()
 def validate(model, batches, world):
     """
-    -> mean loss over fixed batches, and that of each chunk of the sequence (None: no targets).
-    Every rank takes part, a ring cannot have idle members.
+    -> mean loss over fixed batches; that of each chunk of the sequence (None: no targets); share of
+    targets that the model is sure of, with a probability above one half. Every rank takes part, a
+    ring cannot have idle members.
     """
     n_chunks = model.config.n_chunks
-    sums = torch.zeros(2, n_chunks, dtype=torch.float64, device=world.device)  # losses, targets
+    sums = torch.zeros(3, n_chunks, dtype=torch.float64, device=world.device)
     mine = zigzag(n_chunks, world.cp, world.ring.rank)
     for x, y, *_ in batches.validation():
         with world.autocast:
             losses = model.losses(model.hidden(x), y)[1]  # (B, T / cp)
-        both = torch.stack((losses.double(), (y != -1).double()))
-        sums[:, mine] += both.unflatten(2, (len(mine), -1)).sum(dim=(1, 3))
-    total, count = world.ring.all_reduce(sums, 'validation').sum(dim=1).tolist()
-    return total / count, [loss / n if n else None for loss, n in sums.T.tolist()]
+        asked = y != -1
+        each = torch.stack((losses.double(), asked, asked & (losses < math.log(2))))
+        sums[:, mine] += each.unflatten(2, (len(mine), -1)).sum(dim=(1, 3))
+    total, count, sure = world.ring.all_reduce(sums, 'validation').sum(dim=1).tolist()
+    by_chunk = [loss / n if n else None for loss, n, _ in sums.T.tolist()]
+    return total / count, by_chunk, sure / count
 
 
 @torch.no_grad()
@@ -936,11 +941,13 @@ def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds)
         due = iter_num // c.eval_interval > (iter_num - c.sync_every) // c.eval_interval
         if (done or due and iter_num % c.sync_every == 0) and not c.rehearse:
             paused, sent = time.perf_counter(), Counter(meter)  # validating and saving do not count
-            val_loss, record['val_loss_by_chunk'] = validate(model, batches, world)
+            val_loss, record['val_loss_by_chunk'], sure = validate(model, batches, world)
             record['val_loss'] = val_loss
             meter.clear()
             meter.update(sent)
-            world.say(f'iter {iter_num}: val loss {val_loss:.4f}')
+            world.say(f'iter {iter_num}: val loss {val_loss:.4f}' + (
+                f', {sure:.1%} right answers (chance: {1 / N_VALUES:.1%})' if c.data == 'needle'
+                else ''))
             best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
             if iter_num > first_iter and math.isfinite(val_loss) and (
                     best or c.always_save_checkpoint):
