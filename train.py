@@ -865,6 +865,8 @@ def set_up(argv):
              'or --out_dir')
     describe(c, model, world)
     state = [checkpoint[k] for k in STATE] if checkpoint else [0, math.inf, 0.0]
+    if checkpoint:
+        world.say(f'resumed from {c.out_dir}/ckpt.pt at iteration {state[0]} of {c.max_iters}')
     return c, model, optimizer, batches, world, *state
 
 
@@ -931,6 +933,9 @@ def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds)
         if iter_num == c.warm_start > 0 and model.bases:
             model.set_send(c.warm_send)
             start_bases(c, model, batches, world, iter_num)
+            width = 2 * model.config.n_kv_head * model.config.head_dim
+            world.say(f'iter {iter_num}: the codec starts, {c.rank} of {width} numbers a token and '
+                      'layer')
         if loss_of is None or sends_at(iter_num, c) != sends_at(iter_num - 1, c):
             model.set_send(sends_at(iter_num, c))
             loss_of = Loss(model)
