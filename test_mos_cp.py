@@ -1528,7 +1528,8 @@ def fuzz(seed, folder):
     """One random configuration, on its ranks and on one -> 'trained' or 'refused'."""
     world_size, flags = random_configuration(np.random.default_rng(seed))
     argv = ['--dtype=float64', '--max_iters=2', '--eval_iters=2', '--log_interval=1',
-            '--sample_tokens=0', '--timeout_s=30', '--device=cpu', *(f'--{k}={v}' for k, v in flags.items())]
+            '--sample_tokens=0', '--timeout_s=30', '--device=cpu',
+            *(f'--{k}={v}' for k, v in flags.items())]
     many, one = folder / 'many', folder / 'one'
     ranks = start_ranks(world_size, many, *argv)
     try:

@@ -711,6 +711,8 @@ def start_bases(c, model, batches, world, iter_num):
     average(directions, world.ring)
     for basis, U0 in zip(model.bases, directions):
         basis.start(U0)
+    width = 2 * model.config.n_kv_head * model.config.head_dim
+    world.say(f'iter {iter_num}: the codec starts, {c.rank} of {width} numbers a token and layer')
 
 
 def take_step(c, optimizer, params, loss_of, batches, world, iter_num):
@@ -933,9 +935,6 @@ def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds)
         if iter_num == c.warm_start > 0 and model.bases:
             model.set_send(c.warm_send)
             start_bases(c, model, batches, world, iter_num)
-            width = 2 * model.config.n_kv_head * model.config.head_dim
-            world.say(f'iter {iter_num}: the codec starts, {c.rank} of {width} numbers a token and '
-                      'layer')
         if loss_of is None or sends_at(iter_num, c) != sends_at(iter_num - 1, c):
             model.set_send(sends_at(iter_num, c))
             loss_of = Loss(model)
@@ -989,8 +988,7 @@ def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds)
         if len(record) > 1:
             log.write(record)
     bar.close()
-    if iter_num > first_iter:
-        n = iter_num - first_iter
+    if n := iter_num - first_iter:
         world.say(f'{n} iterations, {n * tokens_per_iter:,} tokens in '
                   f'{seconds - first_seconds:.0f}s')
         summarize(meter, n * full, world)
