@@ -133,7 +133,7 @@ class Link:
         self.seconds_per_byte = 8e-6 / mbps if mbps else 0.0
         self.latency = latency_ms / 1e3
         self.sent_until = self.received_until = 0.0
-        self.first = None  # the first CUDA event, and its time
+        self.first = None  # an earlier CUDA event, and its time
 
     def send(self, n_bytes, now):
         """Queue n_bytes for sending at time `now` (s) -> the time when the last of them leaves."""
@@ -159,13 +159,14 @@ class Link:
             return lambda: now
         event = torch.cuda.Event(enable_timing=True)
         event.record()
-        if self.first is None:
+        if self.first is None or now > self.first[1] + 60:  # the two clocks drift
             event.synchronize()
             self.first = event, self.clock()
 
+        first, at = self.first
+
         def moment():
             event.synchronize()
-            first, at = self.first
             return at + first.elapsed_time(event) / 1e3
         return moment
 
@@ -258,7 +259,6 @@ class Ring:
                 under_way.extend(islice(posts, 1))
                 yield (self.rank - hop) % self.world_size, wait()
         return arrivals()
-
 
     def all_reduce(self, tensor, what, op=dist.ReduceOp.SUM, group=None):
         """In place, over a group or (None) all ranks of the run. what: for the error message."""

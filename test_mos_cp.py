@@ -911,6 +911,8 @@ def test_readers(tmp_path):
     ('--data=/', r'/ cannot be read or made \(Is a directory\)'),
     ('--device=cuda', r'a GPU per process \(1 processes on this machine, 0 GPUs\)'),
     ('--plan --tflops=0', r'tflops \(0\) above 0'),
+    ('--rehearse=1', r'rehearse \(1\) must be 0 or at least 2'),
+    ('--rehearse=4 --cp=2', r'cp \(2\) must be 0 or rehearse \(4\)'),
     ('--plan --cp=3', r'n_chunks \(16\) must be a multiple of 2 \* cp \(6\): change --n_chunks'),
     ('--compile --device=cpu', r'needs a C\+\+ compiler .* \(none\): .* leave out --compile'),
     ('--data=needle', 'out_dir .* cannot be written: change --out_dir'),

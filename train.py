@@ -85,15 +85,16 @@ class RunConfig:
     rehearse: int = 0  # one process acts as one of so many ranks: its time, memory and bytes
     link_mbps: float = 0.0  # simulate links this slow, in megabits a second each way; 0: do not
     latency_ms: float = 0.0  # and this latency one way, in milliseconds
-    plan: bool = False  # print what crosses the wire, and how long that takes; no training
-    tflops: float = 370.0  # for --plan, of a rank; 370: measured, an H100 with the 800m preset
+    plan: bool = False  # print what --cp ranks (0: 8) would send, and how fast; no training
+    tflops: float = 370.0  # for --plan: TFLOP/s of a rank; 370: an H100, measured (800m preset)
     timeout_s: int = 60  # seconds to wait for a silent peer; 300 more with --compile
 
 
 PRESETS = {
     'tiny': {},
-    'needle': dict(data='needle', n_layer=2, n_embd=64, block_size=64, n_chunks=8, batch_size=64,
-                   max_iters=500, learning_rate=4e-3, eval_interval=250, sample_tokens=0),
+    'needle': dict(data='needle', n_layer=2, n_embd=64, block_size=32, n_chunks=4, batch_size=64,
+                   max_iters=700, warm_start=20, learning_rate=4e-3, eval_interval=350,
+                   sample_tokens=0),
     '124m': dict(n_layer=12, n_head=12, n_embd=768, rank=128, block_size=16384, batch_size=1,
                  gradient_accumulation_steps=16, max_iters=10000, warm_start=500,
                  warmup_iters=500, learning_rate=6e-4, min_lr=6e-5, eval_interval=500),
@@ -116,7 +117,7 @@ CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS),
            'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 AT_LEAST_1 = ('log_interval', 'eval_interval', 'eval_iters', 'batch_size',
-              'gradient_accumulation_steps', 'sync_every', 'timeout_s')  # other numbers: 0
+              'gradient_accumulation_steps', 'sync_every', 'timeout_s')  # all other numbers: 0
 
 MODEL_FLAGS = [f.name for f in dataclasses.fields(GPTConfig)]
 # what a resumed run takes from its own command line, not from the checkpoint
@@ -223,6 +224,9 @@ def check_values(c):
           'beta1', 'beta2')
     check(c.data != 'needle' or c.n_chunks % 2 == 0,
           f'n_chunks ({c.n_chunks}) must be a multiple of 2 with --data=needle', 'n_chunks')
+    check(c.rehearse != 1, 'rehearse (1) must be 0 or at least 2', 'rehearse')
+    check(not c.rehearse or c.cp in (0, c.rehearse),
+          f'cp ({c.cp}) must be 0 or rehearse ({c.rehearse})', 'cp', 'rehearse')
     check(c.send == 'local' or not 0 < c.max_iters <= c.warm_start, f'warm_start ({c.warm_start}) '
           f'must be below max_iters ({c.max_iters}), or it never ends', 'warm_start', 'max_iters')
     check(not c.unplug_at or c.warm_start < c.unplug_at < c.max_iters, f'unplug_at ({c.unplug_at}) '
@@ -375,6 +379,9 @@ class Batches:
 # -----------------------------------------------------------------------------
 # Sizing a run before renting machines
 
+ENOUGH = 0.95  # of the ring's speed without a slow link
+
+
 class Estimate:
     """What a token of the sequence costs one of P ranks: bytes it receives, seconds it computes."""
 
@@ -396,13 +403,13 @@ class Estimate:
         rest = 6 * model.get_num_params()
         self.rest_s = rest / P / c.tflops / 1e12
         whole = model.flops_per_token() / P / c.tflops / 1e12
-        self.attention_s = (whole - self.rest_s) / c.block_size  # times the length of the context
+        self.attention_s = (whole - self.rest_s) / c.block_size  # for each token of context
 
     def seconds(self, n, mbps):
         """
         Of a sequence of n tokens, without the sync. A layer's exchange can hide under its attention
-        alone, of which two sevenths are forward, and under all but one block of that: the last to
-        arrive, or the first to have a gradient. Ulysses' attention waits for its exchange.
+        alone, of which two sevenths are forward (4 of 14 T^2 H hd), and under all but one block of
+        that: the last to arrive, or the first to have a gradient. Ulysses' attention waits.
         """
         seconds = self.rest_s
         for n_bytes, part in ((self.fwd, 2 / 7), (self.bwd, 5 / 7)):
@@ -419,19 +426,16 @@ class Estimate:
         return bisect.bisect_left(range(1, 10**9), ENOUGH, key=lambda n: self.speed(n, mbps)) + 1
 
 
-ENOUGH = 0.95  # of the speed without a slow link
-
-
 def plan(c):
     """
     What one rank of a ring receives in an iteration, how long that takes and which speed it allows,
     for what a user would choose between, and a verdict. All computed. Raises ValueError.
     """
     P, n, links = c.rehearse or c.cp or 8, c.block_size, {'300 Mbit/s': 300, '1 Gbit/s': 1000}
-    check(P > 1 and c.tflops > 0, f'--plan needs cp ({P}) of at least 2, as one rank sends '
-          f'nothing, and tflops ({c.tflops:g}) above 0', 'cp', 'tflops')
+    check(P > 1, f'--plan needs cp ({P}) of at least 2: one rank sends nothing', 'cp')
+    check(c.tflops > 0, f'--plan needs tflops ({c.tflops:g}) above 0', 'tflops')
     zigzag(c.n_chunks, P, 0)
-    full = dict(send='full', wire_dtype='compute', grad_wire_dtype='same')
+    full = dict(send='full', wire_dtype='compute', grad_wire_dtype='same', compress_last=True)
     paper = {**full, **METHODS['paper'], 'send': 'subspace', 'rank': paper_rank(vars(c)),
              'rank_k': 0, 'sync_every': c.sync_every}
     quarter = c.n_head // 4 if c.n_head % 4 == 0 else 1
@@ -442,8 +446,11 @@ def plan(c):
             '`--method=paper`': paper, '**this configuration**': {}}
     if c.n_layer == 1:  # the paper leaves out the last layer
         del rows['`--method=paper`']
-    if c.n_head % P:  # each rank has some of the heads
+    n_kv_head = c.n_kv_head or c.n_head
+    if c.n_head % P or n_kv_head % P:  # each rank has some of the heads
         del rows['Ulysses']
+    if quarter >= n_kv_head:
+        del rows[f'`--send=full --n_kv_head={quarter}`']
     n_sequences, lines = c.batch_size * c.gradient_accumulation_steps, []
     for name, options in rows.items():
         e = Estimate(c, P, **options)
@@ -454,15 +461,17 @@ def plan(c):
             cells.append(f'{ring * 8e-6 / mbps:,.2f} + {e.sync * 8e-6 / mbps:,.2f} s')
             cells += [f'{speed:,.0f}', f'{e.hidden_from(mbps) / 1000:,.0f}K']
         lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
-    compute = n_sequences * e.seconds(n, math.inf)
-    return (f'{P} ranks, {n_sequences * n:,} tokens an iteration, {compute:.2f} s of compute at '
-            f'{c.tflops:g} TFLOP/s a rank (--tflops; 370: an H100). All computed, latency not '
-            'counted. MB that a rank receives in an iteration over the ring, and in the sync of '
-            'weights or gradients; what they take; tokens/s if a layer\'s exchange hides under its '
-            f'attention and the sync under nothing; the context from which the ring runs at '
-            f'{ENOUGH:.0%} of its speed without a slow link.\n\n| | ring, MB | sync, MB | '
-            + ' | '.join(f'{link} | tokens/s | {ENOUGH:.0%} from' for link in links)
-            + ' |\n|---' + '|---:' * 8 + '|\n' + '\n'.join(lines) + '\n\n' + verdict(c, P, e))
+    about = (
+        f'{P} ranks, {n_sequences * n:,} tokens an iteration, {c.tflops:g} TFLOP/s a rank '
+        f'(--tflops; 370: an H100): {n_sequences * e.seconds(n, math.inf):.3g} s of compute; bf16 '
+        'unless --dtype says otherwise. All computed, latency not counted. MB that a rank receives '
+        'in an iteration over the ring, and in the sync of weights or gradients; the seconds of '
+        "both; tokens/s, if a layer's exchange hides under its attention and the sync under "
+        f'nothing; the context from which the ring alone has {ENOUGH:.0%} of its speed without a '
+        'slow link.')
+    heads = ' | '.join(f'{link} | tokens/s | {ENOUGH:.0%} from' for link in links)
+    return '\n'.join((textwrap.fill(about, 100), '', f'| | ring, MB | sync, MB | {heads} |',
+                      '|---' + '|---:' * 8 + '|', *lines, '', verdict(c, P, e)))
 
 
 def verdict(c, P, e):
@@ -470,14 +479,14 @@ def verdict(c, P, e):
     n, speed, text = c.block_size, e.speed(c.block_size, 300), ''
     if speed < ENOUGH:
         text = f'; {ENOUGH:.0%} from {e.hidden_from(300) / 1000:,.0f}K tokens of context on'
-        small, lowest = dict(wire_dtype='int4', grad_wire_dtype='same', rank_k=0), 2 - c.joint_kv
-        r = lowest - 1 + bisect.bisect_left(
+        lowest = 1 if c.joint_kv else c.rank_k + 1 if c.rank_k else 2
+        r = lowest - 1 + bisect.bisect_left(  # the largest that is fast enough, or lowest - 1
             range(lowest, c.rank + 1), True,
-            key=lambda r: Estimate(c, P, rank=r, **small).speed(n, 300) < ENOUGH)
+            key=lambda r: Estimate(c, P, rank=r, wire_dtype='int4').speed(n, 300) < ENOUGH)
         if c.send == 'subspace' and r >= lowest:
             text += f', or with --rank={r} --wire_dtype=int4'
     return (f'At 300 Mbit/s: {speed:.0%} of the speed without a slow link{text}. The sync comes on '
-            f'top, {e.sync * 8e-6 / 300:,.1f} s an iteration with --sync_every={c.sync_every}.')
+            f'top:\n{e.sync * 8e-6 / 300:,.1f} s an iteration with --sync_every={c.sync_every}.')
 
 
 # -----------------------------------------------------------------------------
@@ -492,8 +501,9 @@ def address_of(name):
 
 class World:
     """
-    This process among all: world_size = dp x cp. The ranks of a ring are neighbours and see the
-    same sequences. Until `join` nothing is sent.
+    This process among all: world_size = dp x cp, of which there are n_processes (in a rehearsal,
+    one). The ranks of a ring are neighbours and see the same sequences. Until `join` nothing is
+    sent.
     """
 
     def __init__(self, c):
@@ -705,14 +715,16 @@ def start_bases(c, model, batches, world, iter_num):
         moments = [model.basis_moments(x) for x in inputs]
     moments = [sum(several) for several in zip(*moments)]
     average(moments, world.ring)
-    # rank 0's for all, as an average: machines may differ in the last digit of an eigenvector
+    # rank 0's for all, as an average: machines may differ in the last digit of an eigenvector. (In
+    # a rehearsal, of one process, the average is over copies.)
     directions = [principal_directions(m, b.U0.shape[1]).to(b.U0.dtype) * world.n_processes
                   if world.master else torch.zeros_like(b.U0) for m, b in zip(moments, model.bases)]
     average(directions, world.ring)
     for basis, U0 in zip(model.bases, directions):
         basis.start(U0)
     width = 2 * model.config.n_kv_head * model.config.head_dim
-    world.say(f'iter {iter_num}: the codec starts, {c.rank} of {width} numbers a token and layer')
+    world.say(f'iter {iter_num}: the codec starts, {c.rank} of {width} numbers a token and layer'
+              + ('' if c.compress_last else ' but the last'))
 
 
 def take_step(c, optimizer, params, loss_of, batches, world, iter_num):
@@ -817,12 +829,12 @@ def summarize(meter, full, world):
     """What a run came to. full: bytes that rank 0 would have received uncompressed."""
     if full:
         over_ring = (meter['received_fwd'] + meter['received_bwd']) / 1e6
-        world.say(f'received by rank 0 over the ring: {over_ring:,.1f} MB, with --send=full '
-                  f'--warm_start=0 it would be {full / 1e6:,.1f} MB; besides, to keep the ranks in '
-                  f'step: {meter["received_sync"] / 1e6:,.1f} MB')
+        world.say(f'received by rank {world.ring.rank} over the ring: {over_ring:,.1f} MB, with '
+                  f'--send=full --warm_start=0 it would be {full / 1e6:,.1f} MB; besides, to '
+                  f'average gradients or weights: {meter["received_sync"] / 1e6:,.1f} MB')
     if world.device.type == 'cuda':
         peak = torch.cuda.max_memory_allocated() / 2**30
-        world.say(f'peak memory on rank 0: {peak:.2f} GiB')
+        world.say(f'peak memory on rank {world.ring.rank}: {peak:.2f} GiB')
 
 
 # -----------------------------------------------------------------------------
@@ -842,7 +854,7 @@ def prepare(c, checkpoint):
         train, val = load_data(c.data, c.val_data, c.block_size)
         facts['training data with checksum'] = fingerprint(train)
         facts['validation data with checksum'] = fingerprint(val)
-    if world.master:
+    if world.master and not c.rehearse:
         Path(c.out_dir).mkdir(parents=True, exist_ok=True)
         check(os.access(c.out_dir, os.W_OK), f'out_dir ({c.out_dir}) cannot be written', 'out_dir')
     if c.compile and world.device.type == 'cpu' and (why := kernels.cannot_compile()):
@@ -897,9 +909,10 @@ def describe(c, model, world):
                             break_on_hyphens=False))
     kernel = kernels.attention_backend(world.device.type, world.dtype, model.config.head_dim)
     n_tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
-    world.say(f'{model.get_num_params() / 1e6:.2f}M parameters; {world.n_processes} process(es) = '
-              f'dp {world.dp} x cp {world.cp} on {world.device.type}, {world.dtype}; attention by '
-              f'{kernel}; {n_tokens:,} tokens per iteration')
+    role = 'as one of' if c.rehearse else '='
+    world.say(f'{model.get_num_params() / 1e6:.2f}M parameters; {world.n_processes} process(es) '
+              f'{role} dp {world.dp} x cp {world.cp} on {world.device.type}, {world.dtype}; '
+              f'attention by {kernel}; {n_tokens:,} tokens per iteration')
     if c.rehearse:
         world.say(f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory and '
                   'bytes. The losses mean nothing; nothing is validated or saved')
@@ -958,6 +971,7 @@ def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds)
                 save(c, model, optimizer, world, iter_num, best_val_loss, seconds)
             start += time.perf_counter() - paused
         if done:
+            seconds += time.perf_counter() - start  # a last sync
             log.write(record)
             break
 
