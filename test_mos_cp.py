@@ -1103,14 +1103,14 @@ def test_log_and_falling_loss(reference_run):
     assert len(by_chunk) == 8 and np.mean(by_chunk) == pytest.approx(records[-1]['val_loss'])
 
 
-def test_needle_is_found_through_the_compressor_alone(tmp_path):
-    argv = ('--data=needle --n_layer=2 --n_embd=64 --n_head=4 --block_size=16 --n_chunks=4 '
-            '--batch_size=64 --learning_rate=5e-3 --max_iters=300 --warm_start=50 '
-            f'--eval_interval=300 --sample_tokens=0 --device=cpu --out_dir={tmp_path}').split()
+def test_needle_is_found_through_the_compressor_alone(tmp_path, capfd):
+    argv = '--preset=needle', '--max_iters=300', '--device=cpu', f'--out_dir={tmp_path}'
     blind = train.main([*argv, '--send=local', '--max_iters=100'])['val_loss']
     assert abs(blind - np.log(train.N_VALUES)) < 0.05
     ours = train.main(argv)['records'][-1]['val_loss_by_chunk']
     assert ours[:2] == [None] * 2 and max(ours[2:]) < 0.3
+    said = re.findall(r'([0-9.]+)% right answers \(chance: 12.5%\)', capfd.readouterr().out)
+    assert float(said[0]) < 20 and float(said[-1]) > 90
 
 
 def test_validation_reads_val_data_and_may_keep_only_the_best(tmp_path, monkeypatch):
