@@ -683,7 +683,7 @@ def build(c, world, checkpoint):
 def validate(model, batches, world):
     """
     -> mean loss over fixed batches; that of each chunk of the sequence (None: no targets); share of
-    targets that the model is sure of, with a probability above one half. Every rank takes part, a
+    targets that are the likeliest token (0 with recompute: no logits). Every rank takes part, a
     ring cannot have idle members.
     """
     n_chunks = model.config.n_chunks
@@ -691,13 +691,13 @@ def validate(model, batches, world):
     mine = zigzag(n_chunks, world.cp, world.ring.rank)
     for x, y, *_ in batches.validation():
         with world.autocast:
-            losses = model.losses(model.hidden(x), y)[1]  # (B, T / cp)
-        asked = y != -1
-        each = torch.stack((losses.double(), asked, asked & (losses < math.log(2))))
+            logits, losses = model.losses(model.hidden(x), y)  # losses: (B, T / cp)
+        right = torch.zeros_like(y) if logits is None else logits.argmax(-1) == y
+        each = torch.stack((losses.double(), y != -1, right))
         sums[:, mine] += each.unflatten(2, (len(mine), -1)).sum(dim=(1, 3))
-    total, count, sure = world.ring.all_reduce(sums, 'validation').sum(dim=1).tolist()
+    total, count, n_right = world.ring.all_reduce(sums, 'validation').sum(dim=1).tolist()
     by_chunk = [loss / n if n else None for loss, n, _ in sums.T.tolist()]
-    return total / count, by_chunk, sure / count
+    return total / count, by_chunk, n_right / count
 
 
 @torch.no_grad()
@@ -957,12 +957,12 @@ def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds)
         due = iter_num // c.eval_interval > (iter_num - c.sync_every) // c.eval_interval
         if (done or due and iter_num % c.sync_every == 0) and not c.rehearse:
             paused, sent = time.perf_counter(), Counter(meter)  # validating and saving do not count
-            val_loss, record['val_loss_by_chunk'], sure = validate(model, batches, world)
+            val_loss, record['val_loss_by_chunk'], right = validate(model, batches, world)
             record['val_loss'] = val_loss
             meter.clear()
             meter.update(sent)
             world.say(f'iter {iter_num}: val loss {val_loss:.4f}' + (
-                f', {sure:.1%} right answers (chance: {1 / N_VALUES:.1%})' if c.data == 'needle'
+                f', {right:.1%} right answers (chance: {1 / N_VALUES:.1%})' if c.data == 'needle'
                 else ''))
             best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
             if iter_num > first_iter and math.isfinite(val_loss) and (
