@@ -1558,7 +1558,9 @@ def fuzz(seed, folder):
     found, default = losses(many), 'int8' if flags['send'] == 'subspace' else 'compute'
     gradient = flags.get('grad_wire_dtype', flags.get('wire_dtype', default))
     # after the first step as well as before it
-    exact = flags['sync_every'] == 1 and gradient == 'compute'
+    exact = flags['sync_every'] == 1 and gradient == 'compute' and not (
+        # so few tokens span fewer directions than asked for; a rotation mixes the others in
+        flags['warm_start'] and flags.get('basis') == 'rotated')
     assert found[0] == pytest.approx(alone[0], rel=1e-9), what
     assert found[1] == pytest.approx(alone[1], rel=1e-9 if exact else 0.05), what
     return 'trained'
