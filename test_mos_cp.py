@@ -1008,8 +1008,9 @@ def small_run(out_dir, *argv):
     return train.main([*SMALL, f'--out_dir={out_dir}', *argv])
 
 
-def read_log(folder):
-    return [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+def read_log(folder, configs=False):
+    records = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    return [r for r in records if ('config' in r) == configs]
 
 
 def losses(folder):
@@ -1095,6 +1096,8 @@ def test_log_and_falling_loss(reference_run):
     folder, result = reference_run
     records = read_log(folder)
     assert records == result['records'] and [r['iter'] for r in records] == list(range(13))
+    first = json.loads((folder / 'log.jsonl').read_text().splitlines()[0])
+    assert first['iter'] == 0 and first['config']['rank'] == 6 and len(first['config']) > 60
     assert [r['iter'] for r in records if 'val_loss' in r] == [0, 6, 12]
     ways = {f'{way}_{phase}' for way in ('sent', 'received') for phase in ('fwd', 'bwd', 'sync')}
     assert set(records[1]) == ways | {'iter', 'loss', 'lr', 'grad_norm', 'tokens', 'seconds',
@@ -1228,6 +1231,8 @@ def test_resume_is_bit_equal(reference_run, tmp_path):
     defaults = '--n_ff=0', '--vocab_size=0', '--n_kv_head=0'  # spelt out
     resumed, expected = small_run(tmp_path, '--init_from=resume', *defaults), reference_run[1]
     assert_same_log(read_log(tmp_path), expected['records'])
+    started = [(r['iter'], r['config']['max_iters']) for r in read_log(tmp_path, configs=True)]
+    assert started == [(0, 6), (6, 12)]
     assert resumed['val_loss'] == expected['val_loss']
     weights = expected['model'].state_dict()
     for name, a in resumed['model'].state_dict().items():

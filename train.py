@@ -764,7 +764,10 @@ def save(c, model, optimizer, world, iter_num, best_val_loss, seconds):
 
 
 class Log:
-    """out_dir/log.jsonl, one record a line, written by rank 0; `records` are those of this run."""
+    """
+    out_dir/log.jsonl, one record a line, written by rank 0: first, and after a resume once more,
+    the configuration. `records` are those of this run.
+    """
 
     def __init__(self, path, writes, keep_before):
         """keep_before: of a log that is there, records of iterations before this one stay."""
@@ -933,6 +936,7 @@ def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds)
     first_iter, first_seconds, logged_at = iter_num, seconds, (iter_num, seconds)
     log = Log(Path(c.out_dir) / 'log.jsonl', world.master and not c.rehearse,
               math.inf if c.eval_only else iter_num)
+    log.write({'iter': iter_num, 'config': vars(c)})
     tokens_per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size
     loss, val_loss, loss_of = math.nan, math.nan, None
     logged, n_skipped, in_a_row, full = Counter(), 0, 0, full_bytes(c, model, world)
@@ -1005,8 +1009,8 @@ def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds)
         world.say(f'{n} iterations, {n * tokens_per_iter:,} tokens in '
                   f'{seconds - first_seconds:.0f}s')
         summarize(meter, n * full, world)
-    return {'iter_num': iter_num, 'loss': loss, 'val_loss': val_loss, 'records': log.records,
-            'model': model}
+    return {'iter_num': iter_num, 'loss': loss, 'val_loss': val_loss,
+            'records': log.records[1:], 'model': model}
 
 
 if __name__ == '__main__':
