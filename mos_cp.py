@@ -65,7 +65,7 @@ class GPTConfig:
     theta_clip: float = 0.5  # largest |theta|; 0: not clipped
     exact_local: bool = True  # a chunk's own keys and values are exact; False (the paper): rebuilt
     compress_last: bool = True  # False (the paper): the last layer sends full keys and values
-    wire_dtype: str = 'auto'  # compute, bf16, int8, int4; auto: int8 for subspace, else compute
+    wire_dtype: str = 'auto'  # compute, bf16, int8, int4; auto: int4 for subspace, else compute
     grad_wire_dtype: str = 'same'  # of the gradient; int8, int4: stochastically rounded
     topk: float = 0.1  # fraction of the entries that send=topk keeps
     recompute: bool = False  # compute MLPs and logits once more in backward: less memory
@@ -77,7 +77,7 @@ class GPTConfig:
         self.vocab_size = self.vocab_size or 256
         self.rank_k = self.rank_k or max(1, round(2 * self.rank / 7))
         if self.wire_dtype == 'auto':
-            self.wire_dtype = 'int8' if self.send == 'subspace' else 'compute'
+            self.wire_dtype = 'int4' if self.send == 'subspace' else 'compute'
         if self.grad_wire_dtype == 'same':
             self.grad_wire_dtype = self.wire_dtype
 
@@ -647,8 +647,9 @@ def _benchmark():
           '--compile |\n' + '|---' * 6 + '|')
     for name, (sizes, batch_size) in rows.items():
         plain = _milliseconds(GPTConfig(send='local', **sizes), batch_size, device, plain=True)
-        configs = [GPTConfig(send=send, rank=128, compile=compile, **sizes)
-                   for send in ('full', 'subspace') for compile in (False, True)]
+        configs = [GPTConfig(compile=compile, **codec, **sizes)
+                   for codec in (dict(send='full'), dict(rank=128, wire_dtype='int8'))
+                   for compile in (False, True)]
         ours = [_milliseconds(config, batch_size, device) for config in configs]
         cells = [f'{plain:.1f}', *(f'{t:.1f} ({plain / t:.0%})' for t in ours)]
         print(f'| {name} | ' + ' | '.join(cells) + ' |', flush=True)

@@ -1562,7 +1562,7 @@ def fuzz(seed, folder):
         assert not (many / 'log.jsonl').exists(), what  # before anything was sent
         return 'refused'
     assert isinstance(alone, dict), (what, alone)
-    found, default = losses(many), 'int8' if flags['send'] == 'subspace' else 'compute'
+    found, default = losses(many), 'int4' if flags['send'] == 'subspace' else 'compute'
     gradient = flags.get('grad_wire_dtype', flags.get('wire_dtype', default))
     # after the first step as well as before it
     exact = flags['sync_every'] == 1 and gradient == 'compute' and not (
