@@ -578,9 +578,9 @@ class World:
             group, _ = dist.new_subgroups(self.cp, timeout=timeout)
         except RuntimeError as e:
             raise ValueError(
-                f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): is '
-                f'{first} the first machine, its port open, and the network interface to use named '
-                'in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME?') from e
+                f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): '
+                f'has one stopped? Is {first} the first machine, its port open, and the network '
+                'interface to use named in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME?') from e
         for other, theirs in enumerate(everyone):
             for name, value in theirs.items():
                 if value != everyone[0][name]:
@@ -851,7 +851,8 @@ def prepare(c, checkpoint):
     facts = {f'--{k}': v for k, v in vars(c).items() if k not in ('out_dir', 'data', 'val_data')}
     facts.update({'torch': torch.__version__, 'WORLD_SIZE': world.world_size,
                   'device': world.device.type,
-                  'a checkpoint of': checkpoint and [checkpoint[k] for k in STATE]})
+                  'checkpoint': 'none' if checkpoint is None else 'iteration {}, best loss {:.4f}, '
+                  '{:.1f} s'.format(*(checkpoint[k] for k in STATE))})
     if c.data != 'needle':
         train, val = load_data(c.data, c.val_data, c.block_size)
         facts['training data with checksum'] = fingerprint(train)
@@ -882,7 +883,8 @@ def set_up(argv):
     describe(c, model, world)
     state = [checkpoint[k] for k in STATE] if checkpoint else [0, math.inf, 0.0]
     if checkpoint:
-        world.say(f'resumed from {c.out_dir}/ckpt.pt at iteration {state[0]} of {c.max_iters}')
+        world.say(f'resumed from {c.out_dir}/ckpt.pt at iteration {state[0]} of {c.max_iters}'
+                  + ('; to go on, raise --max_iters' if state[0] >= c.max_iters else ''))
     return c, model, optimizer, batches, world, *state
 
 
