@@ -643,8 +643,8 @@ def _benchmark():
         rows = {'tiny, T 1024, B 4': ({}, 4)}
     print(f'{torch.cuda.get_device_name() if device == "cuda" else "CPU"}, torch '
           f'{torch.__version__}, bf16; ms a step, and the share of the plain model in speed\n'
-          '\n| model | plain, compiled | full | full, --compile | 128 numbers | 128 numbers, '
-          '--compile |\n' + '|---' * 6 + '|')
+          '\n| model | plain, compiled | full | full, --compile | 128 numbers of 8 bits | '
+          'the same, --compile |\n' + '|---' * 6 + '|')
     for name, (sizes, batch_size) in rows.items():
         plain = _milliseconds(GPTConfig(send='local', **sizes), batch_size, device, plain=True)
         configs = [GPTConfig(compile=compile, **codec, **sizes)

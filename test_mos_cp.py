@@ -940,6 +940,9 @@ def test_flags():
     assert train.model_config(c).subspaces == [(2048, 41), (2048, 102)]  # 2 % and 5 %
     ranks = {'': 36, '--preset=124m': 128, '--method=paper': 9, '--method=paper --rank=5': 5}
     assert {argv: parse(argv).rank for argv in ranks} == ranks
+    wires = {'': 'int4', '--send=full': 'compute', '--send=topk': 'compute',
+             '--method=paper': 'compute', '--send=full --wire_dtype=int8': 'int8'}
+    assert {argv: train.model_config(parse(argv)).wire_dtype for argv in wires} == wires
     for send in mos_cp.CHOICES['send']:  # one command line can be swept over what is sent
         parse(f'--send={send} --rank=5 --topk=0.2 --exact_local=False --wire_dtype=int8')
 
@@ -1224,7 +1227,7 @@ def test_weights_averaged_every_few_steps(reference_run, tmp_path):
 # -----------------------------------------------------------------------------
 # train.py: nothing is lost
 
-def test_resume_is_bit_equal(reference_run, tmp_path):
+def test_resume_is_bit_equal(reference_run, tmp_path, capfd):
     small_run(tmp_path, '--max_iters=6')
     with open(tmp_path / 'log.jsonl', 'a') as f:  # a foreign hand; and as a killed run leaves it
         f.write('[1]\n{"epoch": 3}\nnot JSON\n{"iter": 7, "lo')
@@ -1234,6 +1237,9 @@ def test_resume_is_bit_equal(reference_run, tmp_path):
     started = [(r['iter'], r['config']['max_iters']) for r in read_log(tmp_path, configs=True)]
     assert started == [(0, 6), (6, 12)]
     assert resumed['val_loss'] == expected['val_loss']
+    assert 'raise --max_iters' not in capfd.readouterr().out
+    small_run(tmp_path, '--init_from=resume')
+    assert 'at iteration 12 of 12; to go on, raise --max_iters' in capfd.readouterr().out
     weights = expected['model'].state_dict()
     for name, a in resumed['model'].state_dict().items():
         assert torch.equal(a, weights[name]), name
@@ -1418,11 +1424,15 @@ def differ(rank, what):
     if rank == 1 and what == 'data':
         load = train.load_data
         train.load_data = lambda *args: [[np.flip(s) for s in part] for part in load(*args)]
+    if rank == 1 and what == 'checkpoint':
+        parse, checkpoint = train.parse_config, dict(iter_num=20, best_val_loss=3.0, seconds=7.0)
+        train.parse_config = lambda argv: (parse(argv)[0], checkpoint)
 
 
 @pytest.mark.parametrize('what, message', (
     ('torch', r'rank 1 has torch 0\.0, and rank 0 has'),
     ('data', 'rank 1 has training data with checksum'),
+    ('checkpoint', 'rank 1 has checkpoint iteration 20, best loss 3.*, and rank 0 has none'),
     ('flag', 'rank 1 has --seed 2, and rank 0 has 1337: they must be the same')))
 def test_ranks_that_disagree_are_named(tmp_path, what, message):
     codes, said = run_two(tmp_path, *SMALL, sabotage=(differ, what))
