@@ -302,13 +302,16 @@ def second_moment(z):
 
 def principal_directions(moment, n):
     """
-    Top n eigenvectors of a second moment (d, d) -> (d, n), orthonormal, each with its largest entry
-    positive (an eigenvector's sign is arbitrary; machines should agree on it).
+    An orthonormal basis (d, n) of the span of the top n eigenvectors of a second moment (d, d): the
+    eigenvectors, each with its largest entry positive (its sign is arbitrary; machines should agree
+    on it), times a fixed random rotation. Along the eigenvectors themselves a token's first numbers
+    would be far larger than its last, and these, which share a scale with them, rounded to 0.
     """
     _, vectors = torch.linalg.eigh(moment.double())  # ascending
     vectors = vectors.flip(-1)[:, :n]
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    return vectors * largest.sign()
+    noise = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return vectors * largest.sign() @ torch.linalg.qr(noise)[0].to(vectors.device)
 
 
 # -----------------------------------------------------------------------------

@@ -741,6 +741,9 @@ def test_warm_start_reduces_reconstruction_error(joint_kv):
             assert_close(basis.U0.T @ basis.U0, torch.eye(basis.U0.shape[1]), 'U0', 1e-5)
         errors.append(error())
     assert errors[2] < 0.95 * errors[1] < 0.95 * errors[0], errors
+    for z in codec.compress(kv):  # numbers that share a scale are of one size
+        size = z.flatten(0, 1).norm(dim=0)
+        assert size.max() < 8 * size.min(), size
 
 
 def test_unplugged_model_is_a_plain_model():
