@@ -303,15 +303,13 @@ def second_moment(z):
 def principal_directions(moment, n):
     """
     An orthonormal basis (d, n) of the span of the top n eigenvectors of a second moment (d, d): the
-    eigenvectors, each with its largest entry positive (its sign is arbitrary; machines should agree
-    on it), times a fixed random rotation. Along the eigenvectors themselves a token's first numbers
-    would be far larger than its last, and these, which share a scale with them, rounded to 0.
+    eigenvectors times a fixed random rotation. Along the eigenvectors themselves a token's first
+    numbers would be far larger than its last, and these, which share a scale with them, rounded
+    to 0.
     """
     _, vectors = torch.linalg.eigh(moment.double())  # ascending
-    vectors = vectors.flip(-1)[:, :n]
-    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
     noise = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return vectors * largest.sign() @ torch.linalg.qr(noise)[0].to(vectors.device)
+    return vectors[:, -n:] @ torch.linalg.qr(noise)[0].to(vectors.device)
 
 
 # -----------------------------------------------------------------------------
