@@ -996,9 +996,6 @@ def test_plan_says_from_where_on_it_pays():
     e = train.Estimate(c, 8)
     n = e.hidden_from(300)
     assert e.speed(n - 1, 300) < train.ENOUGH <= e.speed(n, 300)
-    r = int(re.search(r'--rank=(\d+) --wire_dtype=int4', train.verdict(c, 8, e))[1])
-    fast = [train.Estimate(c, 8, rank=rank).speed(132096, 300) >= 0.95 for rank in (r, r + 2)]
-    assert fast == [True, False]
 
 
 # -----------------------------------------------------------------------------

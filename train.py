@@ -429,7 +429,7 @@ class Estimate:
 def plan(c):
     """
     What one rank of a ring receives in an iteration, how long that takes and which speed it allows,
-    for what a user would choose between, and a verdict. All computed. Raises ValueError.
+    for what a user would choose between. All computed. Raises ValueError.
     """
     P, n, links = c.rehearse or c.cp or 8, c.block_size, {'300 Mbit/s': 300, '1 Gbit/s': 1000}
     check(P > 1, f'--plan needs cp ({P}) of at least 2: one rank sends nothing', 'cp')
@@ -471,22 +471,9 @@ def plan(c):
         'slow link.')
     heads = ' | '.join(f'{link} | tokens/s | {ENOUGH:.0%} from' for link in links)
     return '\n'.join((textwrap.fill(about, 100), '', f'| | ring, MB | sync, MB | {heads} |',
-                      '|---' + '|---:' * 8 + '|', *lines, '', verdict(c, P, e)))
-
-
-def verdict(c, P, e):
-    """What the plan comes to at 300 Mbit/s. e: the Estimate of this configuration."""
-    n, speed, text = c.block_size, e.speed(c.block_size, 300), ''
-    if speed < ENOUGH:
-        text = f'; {ENOUGH:.0%} from {e.hidden_from(300) / 1000:,.0f}K tokens of context on'
-        lowest = 1 if c.joint_kv else c.rank_k + 1 if c.rank_k else 2
-        r = lowest - 1 + bisect.bisect_left(  # the largest that is fast enough, or lowest - 1
-            range(lowest, c.rank + 1), True,
-            key=lambda r: Estimate(c, P, rank=r, wire_dtype='int4').speed(n, 300) < ENOUGH)
-        if c.send == 'subspace' and r >= lowest:
-            text += f', or with --rank={r} --wire_dtype=int4'
-    return (f'At 300 Mbit/s: {speed:.0%} of the speed without a slow link{text}. The sync comes on '
-            f'top:\n{e.sync * 8e-6 / 300:,.1f} s an iteration with --sync_every={c.sync_every}.')
+                      '|---' + '|---:' * 8 + '|', *lines, '',
+                      f'At 300 Mbit/s this configuration has {e.speed(n, 300):.0%} of its speed '
+                      'without a slow link, the sync aside.'))
 
 
 # -----------------------------------------------------------------------------
