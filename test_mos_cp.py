@@ -22,6 +22,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # a process's first optimizer would: 2 seconds in every fork of this one
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -783,10 +784,9 @@ def test_compiled_equals_eager(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
     if why := kernels.cannot_compile():
         pytest.skip(f'--compile does not work here: {why}')
-    for options in (dict(), dict(wire_dtype='int4', recompute=True, **EXACT)):
-        expected, found = (train_steps(small_model(n_chunks=4, n_layer=1, compile=c, **options), 2)
-                           for c in (False, True))
-        assert_same_steps(found, expected)
+    options = dict(n_chunks=4, n_layer=1, wire_dtype='int4', recompute=True, **EXACT)
+    expected, found = (train_steps(small_model(compile=c, **options), 2) for c in (False, True))
+    assert_same_steps(found, expected)
 
 
 def test_recompute_keeps_less_for_backward():
@@ -1020,17 +1020,6 @@ def losses(folder):
     return {r['iter']: r['loss'] for r in read_log(folder) if 'loss' in r}
 
 
-def torchrun(n, out_dir, *argv, script=None):
-    """torchrun train.py, or a function of this file -> the log's records."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
-               f'--nproc_per_node={n}', f'--max-restarts={int(bool(script))}',
-               *((__file__, script) if script else ('train.py',)), *SMALL,
-               f'--out_dir={out_dir}', *argv]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return read_log(out_dir)
-
-
 def run_rank(rank, world_size, port, folder, argv, sabotage):
     """train.py as one rank, without torchrun. What it says goes to folder/RANK.txt."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
@@ -1177,7 +1166,10 @@ def test_bf16_trains(tmp_path, reference_run):
 def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
     """2 x 2 processes give the numbers of one, bytes included, and go on from its checkpoint."""
     small_run(tmp_path, '--max_iters=4', '--eval_interval=4')
-    records = torchrun(4, tmp_path, '--cp=2', '--init_from=resume')
+    ranks = start_ranks(4, tmp_path, *SMALL, '--cp=2', '--init_from=resume')
+    codes, said = end_ranks(ranks, tmp_path)
+    assert codes == [0] * 4, said
+    records = read_log(tmp_path)
     assert_same_log(records, reference_run[1]['records'])
     n = 64 * 2 * 2 * 8  # tokens of the other rank, layers, sequences; bytes of a float64
     assert [r['received_fwd'] + r['received_bwd'] for r in records[4:12]] == 8 * [2 * 6 * n]
@@ -1363,8 +1355,12 @@ def test_resume_after_a_kill_is_bit_equal(tmp_path, argv):
 
 def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
     """The script of this file, as torchrun runs it, is killed once at iteration 8."""
-    records = torchrun(2, tmp_path, '--init_from=auto', script='die_once')
-    assert (tmp_path / 'died').exists() and [r['iter'] for r in records] == list(range(13))
+    torchrun = 'torch.distributed.run --standalone --nproc_per_node=2 --max_restarts=1'.split()
+    command = [sys.executable, '-m', *torchrun, __file__, 'die_once', *SMALL, '--init_from=auto']
+    done = subprocess.run([*command, f'--out_dir={tmp_path}'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / 'died').exists()
+    assert [r['iter'] for r in read_log(tmp_path)] == list(range(13))
 
 
 def die_once(argv):
