@@ -13,6 +13,7 @@ ranks share the chunks.
 
 `python mos_cp.py` times a training step beside the same model with PyTorch's own attention.
 """
+import copy
 import functools
 import gc
 import math
@@ -47,7 +48,7 @@ def check(holds, says, *flags):
 class GPTConfig:
     """The model and what it sends. (The comments are what `train.py --help` says.)"""
     block_size: int = 1024  # context length in tokens, over all ranks of a ring together
-    n_chunks: int = 16  # chunks of the context, a multiple of 2 * cp; results depend on it alone
+    n_chunks: int = 16  # chunks of the context, a multiple of 2 * cp; results depend on it, not cp
     vocab_size: int = 0  # vocabulary; 0: 256 for text, 50304 for .bin (GPT-2's, rounded up)
     n_layer: int = 4  # layers
     n_head: int = 4  # query heads
@@ -106,7 +107,6 @@ class GPTConfig:
 
     @property
     def chunk_size(self):
-        """Tokens in a chunk."""
         return self.block_size // self.n_chunks
 
     @property
@@ -129,22 +129,13 @@ class GPTConfig:
 
 class Full(nn.Module):
     """Keys and values as they are. The base of all codecs: rounding to fewer bits stands here."""
-    keep = False  # too large to be held until backward: it is sent a second time
+    keep = False  # hold what arrived until backward? Too large: it is sent a second time
     n_rounded = 1  # how many of a payload's tensors, the first ones, are rounded
+    params = ()  # the tensors that `expand` uses; reached any other way, they get no gradient
 
     def __init__(self, wire_dtype='compute', grad_wire_dtype='compute'):
         super().__init__()
         self.wire_dtype, self.grad_wire_dtype = wire_dtype, grad_wire_dtype
-
-    @property
-    def exact(self):
-        """Whether what arrives is what was sent, to the last bit."""
-        return type(self) is Full and self.wire_dtype == 'compute'
-
-    @property
-    def params(self):
-        """The tensors that `expand` uses. Reached any other way, they would get no gradient."""
-        return ()
 
     def compress(self, kv):
         """kv (B, T, 2, Hkv, hd) -> payload"""
@@ -217,7 +208,7 @@ class Basis(nn.Module):
 
     def __init__(self, d, r, config, rng):
         super().__init__()
-        k, self.clip = config.n_generators, config.theta_clip
+        k, self.clip = config.n_generators, config.theta_clip or math.inf
         self.rotated = config.basis == 'rotated'
         U0 = torch.linalg.qr(torch.randn(d, r, generator=rng))[0].contiguous()
         self.U0 = nn.Parameter(U0, requires_grad=config.basis == 'learned')
@@ -243,8 +234,7 @@ class Basis(nn.Module):
     def theta(self, z, chunk_size):
         """How far to rotate, from each chunk's mean. z: (B, T, d) -> (B, c, k), radians."""
         mean = z.unflatten(1, (-1, chunk_size)).mean(dim=2)  # (B, c, d)
-        theta = F.linear(mean, self.psi).to(mean.dtype)
-        return theta.clamp(-self.clip, self.clip) if self.clip else theta
+        return F.linear(mean, self.psi).to(mean.dtype).clamp(-self.clip, self.clip)
 
     @staticmethod
     def rotate(theta, U0, AU0, AAU0):
@@ -274,38 +264,24 @@ class Subspace(Full):
         return tuple(t for b in self.bases
                      for t in ((b.U0, b.AU0, b.AAU0) if b.rotated else (b.U0,)))
 
-    def groups(self, kv):
-        """kv (..., 2, Hkv, hd) as the subspaces see it: [(..., 2 d)], or (..., d) of each."""
-        return [kv.flatten(-3)] if len(self.bases) == 1 else kv.flatten(-2).unbind(-2)
-
     def compress(self, kv):
-        zs, thetas, Us = self.groups(kv), [], [b.U0 for b in self.bases]
-        if self.bases[0].rotated:
-            thetas = [b.theta(z, self.chunk_size) for b, z in zip(self.bases, zs)]
-            Us = [b.rotate(theta, b.U0, b.AU0, b.AAU0) for b, theta in zip(self.bases, thetas)]
+        zs = kv.flatten(-3).chunk(len(self.bases), dim=-1)  # [K, V] together, or K and V
+        thetas = [b.theta(z, self.chunk_size) for b, z in zip(self.bases, zs) if b.rotated]
+        Us = [b.rotate(t, b.U0, b.AU0, b.AAU0) for b, t in zip(self.bases, thetas)] or self.params
         return (*(kernels.compress(z, U) for z, U in zip(zs, Us)), *thetas)
 
     def expand(self, payload, params):
-        n = len(self.bases)
-        latents, thetas = payload[:n], payload[n:]
+        thetas = payload[len(self.bases):]
         Us = [Basis.rotate(theta, *params[3 * i:3 * i + 3]) for i, theta in enumerate(thetas)]
-        zs = [kernels.expand(z, U) for z, U in zip(latents, Us or params)]
-        return (zs[0] if n == 1 else torch.cat(zs, -1)).unflatten(-1, (2, *self.shape))
-
-
-def second_moment(z):
-    """sum_t z_t z_t^T of the rows of z (n, d) -> (d, d), in float32 at least."""
-    with torch.autocast(z.device.type, enabled=False):
-        z = z.to(kernels.accumulation_dtype(z.dtype))
-        return z.T @ z
+        zs = [kernels.expand(z, U) for z, U in zip(payload, Us or params)]
+        return (torch.cat(zs, -1) if zs[1:] else zs[0]).unflatten(-1, (2, *self.shape))
 
 
 def principal_directions(moment, n):
     """
     An orthonormal basis (d, n) of the span of the top n eigenvectors of a second moment (d, d): the
-    eigenvectors times a fixed random rotation. Along the eigenvectors themselves a token's first
-    numbers would be far larger than its last, and these, which share a scale with them, rounded
-    to 0.
+    eigenvectors times a fixed random rotation. Along the eigenvectors themselves some numbers of a
+    token would be far larger than others, and these, which share a scale with them, rounded to 0.
     """
     _, vectors = torch.linalg.eigh(moment.double())  # ascending
     noise = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -360,8 +336,8 @@ class Attention(nn.Module):
         """What comes between the projections; nothing else crosses the wire. -> (B, T, H, hd)"""
         T, codec = q.shape[1], self.active_codec
         span = self.config.chunk_size if self.config.exact_local or not codec else 0
-        if codec and codec.exact:  # our own keys need no codec either way: one piece, or, on a
-            span = T // min(2, ring.world_size)  # ring, the two of which `ring.visible` speaks
+        if type(codec) is Full and codec.wire_dtype == 'compute':  # exact anyway: one piece, or on
+            span = T // min(2, ring.world_size)  # a ring the two halves of `ring.visible`
         return attend(ring, q, k, kv[:, :, 1], payload, codec, table, span, run)
 
 
@@ -398,7 +374,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
     def forward(self, x, ring, table, run):
-        """x: (B, T, n_embd); table: (world_size, T, 2, hd); run: kernels.eager or compiled."""
+        """x: (B, T, n_embd); table: RoPE's, (world_size, T, 2, hd); run: eager or compiled."""
         y = self.attn.attend(*run(self.before)(x, table[ring.rank]), ring, table, run)
         after = run(self.after)
         return recomputed(after, x, y) if self.config.recompute else after(x, y)
@@ -446,15 +422,14 @@ class GPT(nn.Module):
 
     def hidden(self, idx):
         """All but the head: (B, T) -> (B, T, n_embd)."""
-        n, world_size, chunk_size = idx.shape[1], self.ring.world_size, self.config.chunk_size
-        if n * world_size > self.config.block_size:
-            raise ValueError(f'sequence length ({n * world_size}) is above block_size '
-                             f'({self.config.block_size})')
-        if world_size > 1 and n % (2 * chunk_size):
-            raise ValueError(f'shard length ({n}) must be a multiple of two chunks, 2 * block_size '
-                             f'/ n_chunks ({2 * chunk_size})')
-        # in the future of every real token (but part of the mean that is the paper's theta)
-        idx = F.pad(idx, (0, -n % chunk_size))
+        n, world_size, config = idx.shape[1], self.ring.world_size, self.config
+        check(n * world_size <= config.block_size, f'sequence length ({n * world_size}) is above '
+              f'block_size ({config.block_size})', 'block_size')
+        check(world_size == 1 or n % (2 * config.chunk_size) == 0, f'shard length ({n}) must be a '
+              f'multiple of two chunks, 2 * block_size / n_chunks ({2 * config.chunk_size})',
+              'block_size', 'n_chunks')
+        # padding: later than every real token (but in the mean that is the paper's theta)
+        idx = F.pad(idx, (0, -n % config.chunk_size))
         x, table = self.wte(idx), self.table_of(idx)
         for block in self.h:
             x = block(x, self.ring, table, self.run)
@@ -503,14 +478,15 @@ class GPT(nn.Module):
         with: of the weights, W^T W for Z = X W, as in the paper, or of the keys and values on a
         batch `idx` (this rank's shard; to sum over ranks is the caller's business).
         """
-        moments, shape = [], (2, self.config.n_kv_head, self.config.head_dim)
+        moments = []
         x, table = (None, None) if idx is None else (self.wte(idx), self.table_of(idx))
         for block in self.h:
-            c_kv = block.attn.c_kv
+            c_kv, codec = block.attn.c_kv, block.attn.codec
             kv = c_kv.weight.T if idx is None else c_kv(block.ln_1(x)).flatten(0, 1)  # (n, 2 d)
-            if isinstance(block.attn.codec, Subspace):
-                groups = block.attn.codec.groups(kv.unflatten(-1, shape))
-                moments += [second_moment(z) for z in groups]
+            for z in kv.chunk(len(codec.bases), -1) if isinstance(codec, Subspace) else ():
+                with torch.autocast(z.device.type, enabled=False):  # float32 at least
+                    z = z.to(kernels.accumulation_dtype(z.dtype))
+                    moments.append(z.T @ z)
             x = x if idx is None else block(x, self.ring, table, self.run)
         return moments
 
@@ -525,15 +501,12 @@ class GPT(nn.Module):
         AdamW; weight matrices decay, norms and the codecs' own parameters do not.
         basis_lr: the codecs' learning rate as a fraction of the others', kept as 'lr_scale'.
         """
-        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
-        bases = [p for n, p in named if 'codec' in n]
-        decay = [p for n, p in named if p.dim() >= 2 and 'codec' not in n]
-        norms = [p for n, p in named if p.dim() < 2 and 'codec' not in n]
-        groups = [{'params': decay, 'weight_decay': weight_decay, 'lr_scale': 1.0},
-                  {'params': norms, 'weight_decay': 0.0, 'lr_scale': 1.0},
-                  {'params': bases, 'weight_decay': 0.0, 'lr_scale': basis_lr}]
-        for group in groups:
-            group['lr'] = learning_rate * group['lr_scale']
+        groups = [{'params': [], 'weight_decay': decay, 'lr_scale': scale,
+                   'lr': learning_rate * scale}
+                  for decay, scale in ((weight_decay, 1.0), (0.0, 1.0), (0.0, basis_lr))]
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                groups[2 if 'codec' in name else int(p.dim() < 2)]['params'].append(p)
         return torch.optim.AdamW(groups, betas=betas, fused=device_type == 'cuda')
 
     def flops_per_token(self):
@@ -547,28 +520,21 @@ class GPT(nn.Module):
         return 6 * self.get_num_params() + 6 * c.n_embd * sum(spans)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
-        """
-        Model FLOPs utilisation. fwdbwd_per_iter: sequences per iteration over all devices; dt:
-        seconds; peak_flops: FLOP/s of all devices together.
-        """
-        flops = self.flops_per_token() * self.config.block_size * fwdbwd_per_iter
-        return flops / dt / peak_flops
+        """Model FLOPs utilisation: sequences an iteration, its seconds, FLOP/s of all devices."""
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """Continue idx (B, T) on this process alone -> (B, T + max_new_tokens)."""
-        saved = self.ring, self.run
-        self.ring, self.run = Ring(), kernels.eager  # every length would be compiled
-        try:
-            for _ in range(max_new_tokens):
-                logits = self(idx[:, -self.config.block_size:])[0][:, -1].float() / temperature
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]
-                    logits[logits < kth] = float('-inf')
-                new = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
-                idx = torch.cat((idx, new), dim=1)
-        finally:
-            self.ring, self.run = saved
+        alone = copy.copy(self)  # the same weights
+        alone.ring, alone.run = Ring(), kernels.eager  # every length would be compiled
+        for _ in range(max_new_tokens):
+            logits = alone(idx[:, -self.config.block_size:])[0][:, -1].float() / temperature
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]
+                logits[logits < kth] = float('-inf')
+            new = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+            idx = torch.cat((idx, new), dim=1)
         return idx
 
 
@@ -608,6 +574,7 @@ def _plain(model, idx, targets):
 
 def _milliseconds(config, batch_size, device, plain=False):
     """Of a step, forward, backward and AdamW, in bf16: median of 6, after 4 to warm up."""
+    gc.collect()  # the last call's CUDA graph, whose memory hangs in cycles
     torch.manual_seed(0)
     model = GPT(config).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device)
@@ -627,31 +594,24 @@ def _milliseconds(config, batch_size, device, plain=False):
         optimizer.zero_grad(set_to_none=True)
         loss.item()  # waits for all of it
         times.append((time.perf_counter() - start) * 1e3)
-    del model, optimizer, f, loss
-    gc.collect()  # a CUDA graph's memory hangs in cycles
     return statistics.median(times[4:])
 
 
 def _benchmark():
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    medium = dict(n_layer=12, n_head=12, n_embd=768)
     rows = {'6 x 512, T 2048, B 16': (dict(n_layer=6, n_head=8, n_embd=512, block_size=2048), 16),
-            '124m, T 1024, B 16': (dict(medium, block_size=1024), 16),
-            '124m, T 16384, B 1': (dict(medium, block_size=16384), 1),
+            '124m, T 16384, B 1': (dict(n_layer=12, n_head=12, n_embd=768, block_size=16384), 1),
             '800m, T 32768, B 1': (dict(n_layer=8, n_head=8, n_embd=2048, n_ff=8192,
                                         block_size=32768), 1)}
     if device == 'cpu':
         rows = {'tiny, T 1024, B 4': ({}, 4)}
     print(f'{torch.cuda.get_device_name() if device == "cuda" else "CPU"}, torch '
-          f'{torch.__version__}, bf16; ms a step, and the share of the plain model in speed\n'
-          '\n| model | plain, compiled | full | full, --compile | 128 numbers of 8 bits | '
-          'the same, --compile |\n' + '|---' * 6 + '|')
+          f'{torch.__version__}, bf16, compiled; ms a step, and the share of the plain model in '
+          'speed\n\n| model | plain | full | 128 numbers of 8 bits |\n' + '|---' * 4 + '|')
     for name, (sizes, batch_size) in rows.items():
         plain = _milliseconds(GPTConfig(send='local', **sizes), batch_size, device, plain=True)
-        configs = [GPTConfig(compile=compile, **codec, **sizes)
-                   for codec in (dict(send='full'), dict(rank=128, wire_dtype='int8'))
-                   for compile in (False, True)]
-        ours = [_milliseconds(config, batch_size, device) for config in configs]
+        ours = [_milliseconds(GPTConfig(compile=True, **codec, **sizes), batch_size, device)
+                for codec in (dict(send='full'), dict(rank=128, wire_dtype='int8'))]
         cells = [f'{plain:.1f}', *(f'{t:.1f} ({plain / t:.0%})' for t in ours)]
         print(f'| {name} | ' + ' | '.join(cells) + ' |', flush=True)
 

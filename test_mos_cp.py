@@ -620,7 +620,7 @@ def test_rotation(generator, k):
     b.psi.data.fill_(1.0)
     z = torch.arange(4.0 * d).view(1, 4, d).double() - 2 * d
     assert b.theta(z, 2).tolist() == [[[-0.5] * k, [0.5] * k]]
-    b.clip = 0.0
+    b.clip = math.inf
     assert_close(b.theta(z, 2)[0, 0, 0], z[0, :2].mean(0).sum(), 'theta')
 
 
