@@ -86,7 +86,7 @@ class GPTConfig:
             value = getattr(self, name)
             check(value in choices, f'{name} ({value!r}) must be one of {", ".join(choices)}', name)
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd',
-                     'n_chunks', 'n_generators', 'rank', 'rope_base'):
+                     'n_ff', 'n_chunks', 'n_generators', 'rank', 'rope_base'):
             value = getattr(self, name)
             check(value >= 1, f'{name} ({value}) must be at least 1', name)
         for name, of, by in (('block_size', 'n_chunks', self.n_chunks),

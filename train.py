@@ -11,7 +11,6 @@ Train a GPT on long sequences split over several workers, with compressed ring a
 """
 import argparse
 import bisect
-import dataclasses
 import difflib
 import glob
 import inspect
@@ -27,7 +26,7 @@ import time
 import zlib
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -117,17 +116,16 @@ CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS),
            'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 AT_LEAST_1 = ('log_interval', 'eval_interval', 'eval_iters', 'batch_size',
-              'gradient_accumulation_steps', 'sync_every', 'timeout_s')  # all other numbers: 0
+              'gradient_accumulation_steps', 'sync_every', 'timeout_s')  # others: at least 0
 
-MODEL_FLAGS = [f.name for f in dataclasses.fields(GPTConfig)]
-# what a resumed run takes from its own command line, not from the checkpoint
+MODEL_FLAGS = [f.name for f in fields(GPTConfig)]
+# never taken from the checkpoint: given or default, they are this run's own
 HERE_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'recompute',
               'timeout_s', 'link_mbps', 'latency_ms')
 
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, datasheets, for the MFU
 STATE = ('iter_num', 'best_val_loss', 'seconds')  # of a checkpoint, beside model and optimizer
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run stops
-SAVE_S = 600  # seconds that writing a checkpoint may take
 
 
 def fail(message):
@@ -154,7 +152,7 @@ def parse_flags(argv):
         group = parser.add_argument_group(config.__doc__.split('.')[0])
         source = inspect.getsource(config)
         meaning = dict(re.findall(r'^    (\w+): .*?  # (.*)$', source, re.MULTILINE))
-        for f in dataclasses.fields(config):
+        for f in fields(config):
             boolean = dict(type=parse_bool, nargs='?', const=True, metavar='BOOL')
             value = dict(type=f.type, choices=CHOICES.get(f.name), metavar=f.type.__name__.upper())
             group.add_argument('--' + f.name, **(boolean if f.type is bool else value),
@@ -190,8 +188,7 @@ def parse_config(argv):
                 raise ValueError(f'--{name}={given[name]} differs from the checkpoint, which has '
                                  f'{saved[name]}')
         config = {**config, **{k: v for k, v in saved.items() if k not in HERE_FLAGS}, **given}
-        n, over = checkpoint['iter_num'], saved['warm_start']
-        now = config['warm_start']
+        n, over, now = checkpoint['iter_num'], saved['warm_start'], config['warm_start']
         check(not now < n < over, f"warm_start ({now}) must be at least the checkpoint's iteration "
               f'({n}), whose warm start (of {over}) is not over', 'warm_start')
     c = argparse.Namespace(**config)
@@ -215,7 +212,7 @@ def model_config(c):
 
 def check_values(c):
     """Raises ValueError on impossible values, before any data is read."""
-    for f in dataclasses.fields(RunConfig):
+    for f in fields(RunConfig):
         lowest, value = int(f.name in AT_LEAST_1), getattr(c, f.name)
         check(f.type is str or value >= lowest, f'{f.name} ({value}) must be at least {lowest}',
               f.name)
@@ -245,7 +242,7 @@ def stdlib_source():
         files += [Path(folder, name) for name in names if name.endswith('.py')]
     texts = [path.read_bytes() for path in sorted(files)]
     parts = [b'\n'.join(t for i, t in enumerate(texts) if (i % 10 == 9) == val) for val in (0, 1)]
-    return [np.frombuffer(part, dtype=np.uint8) for part in parts]
+    return [[np.frombuffer(part, dtype=np.uint8)] for part in parts]
 
 
 def read_tokens(path):
@@ -254,10 +251,8 @@ def read_tokens(path):
     magic 20240520, version 1, number of tokens) or without (nanoGPT), both uint16; anything else as
     bytes. Raises ValueError if a .bin is not what its size or header says.
     """
-    path = Path(path)
-    size = path.stat().st_size
-    if size == 0:
-        raise ValueError(f'{path} is empty')
+    path, size = Path(path), os.path.getsize(path)
+    check(size, f'{path} is empty', 'data', 'val_data')
     if path.suffix != '.bin':
         return np.memmap(path, dtype=np.uint8, mode='r')
     if size % 2:
@@ -278,10 +273,7 @@ def load_data(data, val_data, block_size):
         paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         check(paths, f'no file matches {pattern!r}', 'data', 'val_data')
         return [read_tokens(p) for p in paths]
-    if data == 'stdlib':
-        train, val = ([part] for part in stdlib_source())
-    else:
-        train, val = read_all(data), None
+    train, val = stdlib_source() if data == 'stdlib' else (read_all(data), None)
     if val_data:
         val = read_all(val_data)
     elif val is None:
@@ -307,16 +299,14 @@ def get_batch(shards, batch_size, block_size, vocab_size, rng):
     Random windows, uniform over all starting points -> idx, targets (batch_size, block_size) int64.
     Raises ValueError if they have a token outside the vocabulary.
     """
-    ends = np.cumsum([max(0, len(s) - block_size) for s in shards])  # starting points, cumulated
+    before = np.cumsum([0, *(max(0, len(s) - block_size) for s in shards)])  # starting points
     rows = []
-    for position in rng.integers(ends[-1], size=batch_size):
-        shard = int(np.searchsorted(ends, position, side='right'))
-        i = position - (ends[shard - 1] if shard else 0)
-        rows.append(shards[shard][i:i + block_size + 1].astype(np.int64))
-    rows = np.stack(rows)
+    for position in rng.integers(before[-1], size=batch_size):
+        shard = np.searchsorted(before, position, side='right') - 1
+        rows.append(shards[shard][position - before[shard]:][:block_size + 1].astype(np.int64))
+    rows = torch.from_numpy(np.stack(rows))
     check(rows.max() < vocab_size,
           f'the data has token {rows.max()}, outside vocab_size ({vocab_size})', 'vocab_size')
-    rows = torch.from_numpy(rows)
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -357,8 +347,8 @@ class Batches:
         c, ring, device = self.c, self.world.ring, self.world.device
         rng = np.random.default_rng(seed)
         try:
-            x, y = (needle_batch(c.batch_size, c.block_size, c.n_chunks, rng) if shards is None else
-                    get_batch(shards, c.batch_size, c.block_size, self.vocab_size, rng))
+            x, y = (get_batch(shards, c.batch_size, c.block_size, self.vocab_size, rng) if shards
+                    else needle_batch(c.batch_size, c.block_size, c.n_chunks, rng))
         except ValueError as e:  # perhaps of this rank alone
             sys.exit(f'train.py: rank {self.world.rank}: {e}')
         n_targets = (int((y != -1).sum()),) if ring.world_size > 1 else ()
@@ -400,8 +390,7 @@ class Estimate:
             self.fwd = self.bwd = n_numbers * dtype.itemsize * config.n_layer * (P - 1) / P**2
         n_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         self.sync = 2 * (P - 1) / P * n_bytes / c.sync_every  # an iteration, not a token
-        rest = 6 * model.get_num_params()
-        self.rest_s = rest / P / c.tflops / 1e12
+        self.rest_s = 6 * model.get_num_params() / P / c.tflops / 1e12
         whole = model.flops_per_token() / P / c.tflops / 1e12
         self.attention_s = (whole - self.rest_s) / c.block_size  # for each token of context
 
@@ -436,21 +425,18 @@ def plan(c):
     check(c.tflops > 0, f'--plan needs tflops ({c.tflops:g}) above 0', 'tflops')
     zigzag(c.n_chunks, P, 0)
     full = dict(send='full', wire_dtype='compute', grad_wire_dtype='same', compress_last=True)
-    paper = {**full, **METHODS['paper'], 'send': 'subspace', 'rank': paper_rank(vars(c)),
-             'rank_k': 0, 'sync_every': c.sync_every}
-    quarter = c.n_head // 4 if c.n_head % 4 == 0 else 1
-    rows = {'`--send=full`': full, 'Ulysses': dict(full, ulysses=True),
-            f'`--send=full --n_kv_head={quarter}`': dict(full, n_kv_head=quarter),
-            '`--send=topk`': dict(full, send='topk'),
-            '`--send=full --wire_dtype=int4`': dict(full, wire_dtype='int4'),
-            '`--method=paper`': paper, '**this configuration**': {}}
-    if c.n_layer == 1:  # the paper leaves out the last layer
-        del rows['`--method=paper`']
-    n_kv_head = c.n_kv_head or c.n_head
-    if c.n_head % P or n_kv_head % P:  # each rank has some of the heads
-        del rows['Ulysses']
-    if quarter >= n_kv_head:
-        del rows[f'`--send=full --n_kv_head={quarter}`']
+    quarter, n_kv_head = c.n_head // 4 if c.n_head % 4 == 0 else 1, c.n_kv_head or c.n_head
+    rows = {'`--send=full`': full}
+    if c.n_head % P == n_kv_head % P == 0:  # each rank has some of the heads
+        rows['Ulysses'] = dict(full, ulysses=True)
+    if quarter < n_kv_head:
+        rows[f'`--send=full --n_kv_head={quarter}`'] = dict(full, n_kv_head=quarter)
+    rows['`--send=topk`'] = dict(full, send='topk')
+    rows['`--send=full --wire_dtype=int4`'] = dict(full, wire_dtype='int4')
+    if c.n_layer > 1:  # the paper leaves out the last layer
+        rows['`--method=paper`'] = dict(full, **METHODS['paper'], send='subspace',
+                                        rank=paper_rank(vars(c)), rank_k=0)
+    rows['**this configuration**'] = {}
     n_sequences, lines = c.batch_size * c.gradient_accumulation_steps, []
     for name, options in rows.items():
         e = Estimate(c, P, **options)
@@ -488,7 +474,7 @@ def address_of(name):
 
 class World:
     """
-    This process among all: world_size = dp x cp, of which there are n_processes (in a rehearsal,
+    This process among world_size = dp x cp ranks, of which n_processes are real (in a rehearsal
     one). The ranks of a ring are neighbours and see the same sequences. Until `join` nothing is
     sent.
     """
@@ -575,14 +561,6 @@ class World:
                     raise ValueError(f'rank {other} has {name} {value}, and rank 0 has '
                                      f'{everyone[0][name]}: they must be the same')
         self.ring = Ring(group, self.ring.link)
-
-    def wait_for_checkpoint(self, name):
-        """Through the store: to write one may take longer than a silent peer is waited for."""
-        if self.store:
-            if self.master:
-                self.store.set(name, '')
-            with waiting('rank 0', 'saving a checkpoint'):
-                self.store.wait([name], timedelta(seconds=SAVE_S))
 
 
 # -----------------------------------------------------------------------------
@@ -748,7 +726,11 @@ def save(c, model, optimizer, world, iter_num, best_val_loss, seconds):
             'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
             'model_args': vars(model.config),  # GPTConfig(**model_args) is the model, as in nanoGPT
             'iter_num': iter_num, 'best_val_loss': best_val_loss, 'seconds': seconds})
-    world.wait_for_checkpoint(f'checkpoint {iter_num}')
+    if world.store:  # writing may take longer than a silent peer is waited for
+        if world.master:
+            world.store.set(f'checkpoint {iter_num}', '')
+        with waiting('rank 0', 'saving a checkpoint'):
+            world.store.wait([f'checkpoint {iter_num}'], timedelta(minutes=10))
 
 
 class Log:
@@ -793,20 +775,18 @@ def full_bytes(c, model, world):
 
 def wire_record(step, since_logged, full):
     """The bytes of a log line: of this iteration, and of syncs since the last line."""
-    keys = [f'{way}_{phase}' for phase in ('fwd', 'bwd') for way in ('sent', 'received')]
+    record = {k: step[k] for k in ('sent_fwd', 'received_fwd', 'sent_bwd', 'received_bwd')}
+    record |= {k: since_logged[k] for k in ('sent_sync', 'received_sync')}
     received = step['received_fwd'] + step['received_bwd']
-    return {**{k: step[k] for k in keys},
-            **{k: since_logged[k] for k in ('sent_sync', 'received_sync')},
-            'compression': 1 - received / full if full else None}
+    return {**record, 'compression': 1 - received / full if full else None}
 
 
 def log_line(record, dt, tokens_per_iter, model, world):
     """What is said of an iteration. dt: seconds that one took since the last line."""
     n = tokens_per_iter / world.world_size
-    fwd, bwd, wire = record['received_fwd'] / n, record['received_bwd'] / n, 'ring of one'
-    if world.cp > 1:
-        wire = 'nothing sent' if not fwd else (
-            f'wire {fwd:.0f} fwd + {bwd:.0f} bwd B/token, compression {record["compression"]:.1%}')
+    fwd, bwd = record['received_fwd'] / n, record['received_bwd'] / n
+    wire = 'nothing sent' if not fwd else (
+        f'wire {fwd:.0f} fwd + {bwd:.0f} bwd B/token, compression {record["compression"]:.1%}')
     gpu = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else ''
     peak = world.world_size * next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), 0)
     n_sequences = tokens_per_iter / model.config.block_size
@@ -835,16 +815,13 @@ def prepare(c, checkpoint):
     Reads data and looks for faults before the first byte is sent -> World, Batches, and the facts
     that all ranks must agree on. Raises ValueError or OSError.
     """
-    world, train, val = World(c), None, None
+    world = World(c)
     facts = {f'--{k}': v for k, v in vars(c).items() if k not in ('out_dir', 'data', 'val_data')}
-    facts.update({'torch': torch.__version__, 'WORLD_SIZE': world.world_size,
-                  'device': world.device.type,
-                  'checkpoint': 'none' if checkpoint is None else 'iteration {}, best loss {:.4f}, '
-                  '{:.1f} s'.format(*(checkpoint[k] for k in STATE))})
-    if c.data != 'needle':
-        train, val = load_data(c.data, c.val_data, c.block_size)
-        facts['training data with checksum'] = fingerprint(train)
-        facts['validation data with checksum'] = fingerprint(val)
+    facts.update(torch=torch.__version__, checkpoint='none' if checkpoint is None else (
+        'iteration {}, best loss {:.4f}, {:.1f} s'.format(*(checkpoint[k] for k in STATE))))
+    train, val = ([], []) if c.data == 'needle' else load_data(c.data, c.val_data, c.block_size)
+    facts['training data with checksum'] = fingerprint(train)
+    facts['validation data with checksum'] = fingerprint(val)
     if world.master and not c.rehearse:
         Path(c.out_dir).mkdir(parents=True, exist_ok=True)
         check(os.access(c.out_dir, os.W_OK), f'out_dir ({c.out_dir}) cannot be written', 'out_dir')
@@ -879,8 +856,7 @@ def set_up(argv):
 def main(argv=None):
     """One training run. Returns a dict: iter_num, loss, val_loss, the log's records, the model."""
     try:
-        run = set_up(sys.argv[1:] if argv is None else argv)
-        if run is None:
+        if not (run := set_up(argv)):
             return None
         result = train(*run)
     except PeerError as e:
@@ -930,8 +906,7 @@ def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds)
     tokens_per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size
     loss, val_loss, loss_of = math.nan, math.nan, None
     logged, n_skipped, in_a_row, full = Counter(), 0, 0, full_bytes(c, model, world)
-    bar = tqdm(total=c.max_iters, initial=iter_num,
-               disable=not (world.master and sys.stderr.isatty()))
+    bar = tqdm(total=c.max_iters, initial=iter_num, disable=not world.master or None)  # no tty: off
     while True:
         # -- between steps: the sync of weights, the codec's life, validation, a checkpoint
         start, record = time.perf_counter(), {'iter': iter_num}
@@ -947,7 +922,7 @@ def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds)
             if c.compile and world.can_graph:
                 with world.autocast:
                     loss_of = graphed(model, *batches.training(iter_num, 0))
-        # with sync_every > 1 at the first sync after it is due, when all have the same weights
+        # due since the last sync? Only at a sync do all ranks have the same weights
         due = iter_num // c.eval_interval > (iter_num - c.sync_every) // c.eval_interval
         if (done or due and iter_num % c.sync_every == 0) and not c.rehearse:
             paused, sent = time.perf_counter(), Counter(meter)  # validating and saving do not count
