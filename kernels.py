@@ -6,7 +6,6 @@ Nothing here knows of processes or models. Everywhere the sequence is dimension 
 are (B, T, H, hd), lse is (B, T, H); only the wrappers of PyTorch's attention kernels transpose.
 """
 import functools
-import inspect
 from typing import NamedTuple
 
 import torch
@@ -186,18 +185,17 @@ def merge_all(out, lse, parts, calls):
 
 def add_parts(total, parts, cuts, shape):
     """
-    total + the sum of parts, each at the place where `cut`, with its (size, slice) of cuts, finds
-    it: float32 at least. total None: zeros. A single part that covers everything stays as it is.
+    total + the sum of parts, each added to what `cut` with its (size, slice) of cuts is a view of:
+    float32 at least. total None: zeros. A single part that covers everything stays as it is.
     """
     for part, (size, where) in zip(parts, cuts):
         if total is None and part.numel() == shape.numel():
             total = part.reshape(shape)
-            continue
-        dtype = accumulation_dtype(part.dtype)
-        if total is None:
-            total = part.new_zeros(shape, dtype=dtype)
-        total = total.to(dtype).contiguous()
-        cut(total, size, where).add_(part)
+        else:
+            dtype = accumulation_dtype(part.dtype)
+            total = part.new_zeros(shape, dtype=dtype) if total is None else total.to(dtype)
+            total = total.contiguous()
+            cut(total, size, where).add_(part)
     return total
 
 
@@ -337,7 +335,7 @@ def eager(f):
 
 def compiled(f):
     """f under torch.compile: one and the same for all layers, also if f is a method."""
-    if inspect.ismethod(f):
+    if hasattr(f, '__func__'):  # a method
         return functools.partial(_compile(f.__func__), f.__self__)
     return _compile(f)
 

@@ -31,7 +31,6 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 import kernels
-from kernels import Call
 
 # -----------------------------------------------------------------------------
 # The layout
@@ -78,18 +77,18 @@ def visible(rank, source, T, span):
     """
     everything, front, back = slice(0, T), slice(0, T // 2), slice(T // 2, T)
     if source is None:
-        return (Call(span, slice(0, span), slice(0, span), True),)
+        return (kernels.Call(span, slice(0, span), slice(0, span), True),)
     if source < rank:
-        return (Call(T, everything, front, False),)
+        return (kernels.Call(T, everything, front, False),)
     if source > rank:
-        return (Call(T, back, everything, False),)
+        return (kernels.Call(T, back, everything, False),)
     if not span:
-        return (Call(T, everything, everything, True),)
+        return (kernels.Call(T, everything, everything, True),)
     calls, size = [], T
     while size // span % 2 == 0:
-        calls.append(Call(size, slice(size // 2, size), slice(0, size // 2), False))
+        calls.append(kernels.Call(size, slice(size // 2, size), slice(0, size // 2), False))
         size //= 2
-    return (*calls, *(Call(size, slice(start, start + span), slice(0, start), False)
+    return (*calls, *(kernels.Call(size, slice(start, start + span), slice(0, start), False)
                       for start in range(span, size, span)))
 
 
@@ -205,10 +204,10 @@ class Ring:
         zigzag(x.shape[1] // chunk_size, self.world_size, self.rank)  # complains of n_chunks
         return x[:, positions(x.shape[1], self.world_size, x.device)[self.rank]]
 
-    def exchange(self, tensors, to, source, phase):
+    def exchange(self, tensors, hop, phase):
         """
-        Post one batched send of `tensors` to rank `to` of the ring and the receive of tensors of
-        the same shapes from rank `source`; do not wait. phase: 'fwd' or 'bwd', for the meter.
+        Post one batched send of `tensors` to the rank `hop` further on and the receive of tensors
+        of the same shapes from the rank `hop` back; do not wait. phase: 'fwd' or 'bwd', to count.
 
         Returns a function that waits for both and returns the received tensors. Raises PeerError if
         a peer is gone, now or then.
@@ -221,7 +220,8 @@ class Ring:
             leaves = link.send(n_bytes, link.computed(device)())
             tensors.append(torch.tensor([leaves], dtype=torch.float64, device=device))
         received = [torch.empty_like(t) for t in tensors]
-        to, source = (dist.get_global_rank(self.group, r % self.world_size) for r in (to, source))
+        to, source = (dist.get_global_rank(self.group, (self.rank + h) % self.world_size)
+                      for h in (hop, -hop))
         whom = f'rank {source}' if source == to else f'rank {source} or {to}'
         what = f"the ring's {'forward' if phase == 'fwd' else 'backward'} exchange"
         with waiting(whom, what):  # posting fails if the peer is known to be gone
@@ -249,8 +249,7 @@ class Ring:
 
         ahead: so many exchanges are posted at once, and the next whenever one is waited for.
         """
-        posts = (self.exchange(tensors, self.rank + hop, self.rank - hop, phase)
-                 for hop in range(1, self.world_size))
+        posts = (self.exchange(tensors, hop, phase) for hop in range(1, self.world_size))
         under_way = deque(islice(posts, ahead))
 
         def arrivals():
@@ -279,7 +278,7 @@ class Rehearsal(Ring):
         super().__init__(None, link)
         self.rank, self.world_size = world_size // 2, world_size
 
-    def exchange(self, tensors, to, source, phase):
+    def exchange(self, tensors, hop, phase):
         received = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
         n_bytes, link = sum(t.nbytes for t in received), self.link
         self.count(phase, n_bytes)
@@ -339,8 +338,8 @@ def attend(ring, q, k, v, payload, codec, table, span, run=kernels.eager):
             of its floating-point tensors.
         .expand(payload, params) -> (B, S, 2, Hkv, hd), keys before RoPE and values, of any first
             part of a block.
-        .params: the tensors that `expand` uses, a rank its own for every block. It returns the
-            gradient for its own queries: sum over ranks as for any other weight.
+        .params: the tensors that `expand` uses, on every block this rank's own. They get the
+            gradient of this rank's queries: sum over ranks, as for any weight.
         .keep: hold what has arrived until backward instead of sending it a second time. Right for a
             small payload; uncompressed it would undo the memory saving of context parallelism.
     table: (world_size, T, 2, hd): `kernels.rope_table` at the positions of every rank's tokens.
@@ -373,11 +372,6 @@ class _Spec:
         """How many exchanges are posted before the first is waited for."""
         return self.ring.world_size if self.codec.keep else 1
 
-    @property
-    def exact(self):
-        """Our own keys and values as they are, as one more block (source, wire) to loop over."""
-        return [(None, None)] if self.span else []
-
     def calls(self, source):
         return visible(self.ring.rank, source, self.table.shape[1], self.span)
 
@@ -398,7 +392,7 @@ def _rebuild(codec, payload, params, table, n_tokens):
 
 
 def _add_up(codec, total, wire, sizes, dtype):
-    """total, in `dtype` from the second on, plus the gradient of a payload as it travelled."""
+    """total plus the gradient that came as `wire`. Sums are in `dtype`; one alone stays."""
     found = codec.unpack(wire, sizes, dtype, gradient=True)
     return found if total is None else [t.to(dtype) + f for t, f in zip(total, found)]
 
@@ -414,13 +408,13 @@ class _Attend(torch.autograd.Function):
                 wire = s.run(s.codec.pack)([t.detach() for t in payload])
                 own = [(s.ring.rank, wire)]
                 arriving = s.ring.circulate(wire, 'fwd', s.ahead)
-            # the exact and the own block hide the way of the first that arrives
-            for source, wire in chain(s.exact, own, arriving):
-                if source == s.ring.rank or source is not None and s.codec.keep:
+            if s.span:  # this and the own block hide the way of the first that arrives
+                out, lse = kernels.block_forward(q, k, v, s.calls(None), s.backend, s.run)
+            for source, wire in chain(own, arriving):
+                if source == s.ring.rank or s.codec.keep:
                     ctx.blocks.append((source, wire))
                 if calls := s.calls(source):
-                    block = (k, v) if source is None else s.rebuild(
-                        s.unpack(wire, q.dtype), params, source)
+                    block = s.rebuild(s.unpack(wire, q.dtype), params, source)
                     out, lse = kernels.block_forward(q, *block, calls, s.backend, s.run, out, lse)
         out, ctx.spec = out.to(q.dtype), s
         ctx.save_for_backward(q, k, v, out, lse, *params)
@@ -448,13 +442,12 @@ class _Attend(torch.autograd.Function):
             own, others = ctx.blocks[:1], ctx.blocks[1:]
             if s.codec and not s.codec.keep:
                 others = s.ring.circulate(own[0][1], 'bwd', s.ahead)
+            if s.span:
+                dq, dk, dv = kernels.block_backward(
+                    dout, q, k, v, out, lse, s.calls(None), s.backend, s.run)
             # the own block comes last: it hides the way of the last gradient
-            for source, wire in chain(s.exact, others, own):
+            for source, wire in chain(others, own):
                 if not (calls := s.calls(source)):
-                    continue
-                if source is None:
-                    dq, dk, dv = kernels.block_backward(
-                        dout, q, k, v, out, lse, calls, s.backend, s.run)
                     continue
                 # 1. Rebuild keys and values, with a graph that ends at the payload and the params.
                 payload = [t.detach().requires_grad_(f)
@@ -468,15 +461,12 @@ class _Attend(torch.autograd.Function):
                 leaves = [t for t in (*payload, *params) if t.requires_grad]
                 grads, n = torch.autograd.grad(block, leaves, dblock), sum(s.floating)
                 dparams = [g if d is None else d + g for d, g in zip(dparams, grads[n:])]
-                # 4. The payload's gradient goes straight to the block's owner, as far back as the
-                #    one that comes to us. Our own is rounded as if it too had travelled: with few
-                #    ranks the same noise as with many.
+                # 4. The payload's gradient goes to the block's owner, h ranks back; ours comes
+                #    from h ranks ahead. Our own share is rounded as if it too had travelled: with
+                #    few ranks the same noise as with many.
                 packed = s.run(s.codec.pack)(grads[:n], gradient=True)
-                if source == s.ring.rank:
-                    arrives = functools.partial(list, packed)
-                else:
-                    arrives = s.ring.exchange(packed, source, 2 * s.ring.rank - source, 'bwd')
-                returning.append(arrives)
+                returning.append(functools.partial(list, packed) if source == s.ring.rank else
+                                 s.ring.exchange(packed, source - s.ring.rank, 'bwd'))
                 collect(n_left=s.ahead)
             collect(n_left=0)  # 5. Add up what comes back.
         ctx.blocks = None  # autograd may hold ctx for longer
@@ -555,7 +545,7 @@ def _benchmark(rank, world_size, store):
         g, chunk_size = torch.Generator(device).manual_seed(0), T // (2 * world_size)
         whole = [torch.randn(1, T, H, hd, generator=g, dtype=dtype, device=device)
                  for _ in range(4)]  # q, k, v, dout
-        q, k, v, dout = (ring.shard(x, chunk_size).requires_grad_() for x in whole)
+        q, k, v, dout = (ring.shard(x, chunk_size).detach().requires_grad_() for x in whole)
         kv = torch.stack((k, v), dim=2).detach().requires_grad_()
         table = torch.tensor([1.0, 0.0], dtype=dtype, device=device)[:, None]  # rotates by nothing
         table = table.expand(world_size, T // world_size, 2, hd).contiguous()
