@@ -31,7 +31,7 @@ import mos_cp
 import ring as ring_module
 import train
 from mos_cp import GPT, GPTConfig
-from ring import Link, PeerError, Rehearsal, Ring, attend, average, visible, zigzag
+from ring import Link, Rehearsal, Ring, attend, average, visible, zigzag
 
 torch.set_num_threads(1)  # here and in all processes below: tests share the cores with others
 FORKS = mp.get_context('forkserver')  # processes that need not import torch again
@@ -84,19 +84,6 @@ def dense_attend(ring, q, k, v, payload, codec, table, span, run=None):
 # -----------------------------------------------------------------------------
 # kernels.py
 
-@pytest.mark.parametrize('causal', (True, False))
-@pytest.mark.parametrize('n_kv_head', (3, 1))
-def test_attention_backends_agree(causal, n_kv_head):
-    (q, dout), (k, v) = double(2, 2, 10, 3, 8), double(2, 2, 10, n_kv_head, 8)
-    found, expected = [], []
-    for backend, results in (('cpu', found), ('math', expected)):
-        out, lse = kernels.attention_forward(q, k, v, causal, backend)
-        results += [out, lse]
-        results += kernels.attention_backward(dout, q, k, v, out, lse, causal, backend)
-    for a, b in zip(found, expected):
-        assert_close(a, b, 'backend')
-
-
 def test_merge_does_not_overflow():
     ones = torch.ones(1, 2, 1, 4)
     out, lse = ones.clone(), torch.tensor([1e4, -1e4]).view(1, 2, 1)
@@ -126,53 +113,21 @@ def test_quantize(bits, dtype):
 
 
 def test_rope():
-    """A rotation of the pairs (i, i + hd/2), whose scores depend on distance alone."""
-    table = kernels.rope_table(20, 8, base=10.0).double()
-    q, k = double(2, 1, 1, 1, 8)
-    turn = torch.exp(7j * 10.0 ** (-torch.arange(0, 8, 2).double() / 8))
+    """A rotation of the pairs (i, i + hd/2), so that scores depend on distance alone."""
+    q, frequency = double(1, 20, 1, 8), 10.0 ** (-torch.arange(0, 8, 2).double() / 8)
+    turn = torch.exp(1j * torch.outer(torch.arange(20).double(), frequency)).unsqueeze(1)
     pairs = torch.complex(q[..., :4], q[..., 4:]) * turn
-    expected = torch.cat((pairs.real, pairs.imag), -1)
-    assert_close(kernels.rope(q, table[[7]]), expected, 'rotation', 1e-6)  # a float32 table
-
-    def score(t, s):
-        return (kernels.rope(q, table[[t]]) * kernels.rope(k, table[[s]])).sum()
-    assert_close(score(7, 3), score(19, 15), 'score', 1e-6)
-    assert relative_error(score(7, 3), score(7, 4)) > 1e-3
+    table = kernels.rope_table(20, 8, base=10.0).double()
+    assert_close(kernels.rope(q, table), torch.cat((pairs.real, pairs.imag), -1), 'rotation', 1e-6)
 
 
 # -----------------------------------------------------------------------------
 # ring.py: the layout and the simulated link
 
-@pytest.mark.parametrize('world_size, per_rank', ((1, 3), (2, 2), (2, 4), (3, 2), (4, 4)))
-def test_zigzag_shares_chunks_and_causal_work_evenly(world_size, per_rank):
-    n = world_size * per_rank
-    held = [zigzag(n, world_size, r) for r in range(world_size)]
-    assert sorted(sum(held, [])) == list(range(n))
-    assert all(chunks == sorted(chunks) for chunks in held)
-    # chunk c: c blocks below the diagonal, half on it
-    assert len({sum(2 * c + 1 for c in chunks) for chunks in held}) == 1
-
-
-@pytest.mark.parametrize('P, per_rank', ((3, 4), (1, 16), (1, 12), (1, 7), (2, 12)))
-@pytest.mark.parametrize('span', (0, 1, 2))
-def test_visible_covers_each_pair_of_tokens_once(P, per_rank, span):
-    """Here a token is a chunk. In the same piece of `span` tokens nothing is seen by the codec."""
-    if span and (per_rank % span or P > 1 and (per_rank // 2) % span):
-        return
-    for r, source in itertools.product(range(P), [None, *range(P)] if span else range(P)):
-        mine = zigzag(per_rank * P, P, r)
-        theirs = mine if source is None else zigzag(per_rank * P, P, source)
-        seen = []
-        for size, queries, keys, causal in visible(r, source, per_rank, span):
-            for first in range(0, per_rank, size):
-                seen += [(a, b) for i, a in enumerate(mine[first:first + size][queries])
-                         for j, b in enumerate(theirs[first:first + size][keys])
-                         if not (causal and j > i)]
-        assert sorted(seen) == [
-            (a, b) for a in mine for b in theirs
-            if b <= a and bool(span and a // span == b // span) == (source is None)]
-    if (P, per_rank, span) == (1, 16, 1):
-        assert len(visible(0, 0, 16, 1)) == 4  # 8, 4, 2, 1 chunks at a time
+def test_causal_work_is_shared_evenly():
+    for P in (2, 3, 4):  # chunk c: c blocks below the diagonal, half on it
+        assert len({sum(2 * c + 1 for c in zigzag(4 * P, P, r)) for r in range(P)}) == 1
+    assert len(visible(0, 0, 16, 1)) == 4  # 8, 4, 2, 1 chunks at a time
 
 
 class FakeLink(Link):
@@ -193,9 +148,6 @@ def test_link_queues():
     assert [link.send(10**6, now) for now in (0.0, 0.0, 5.0)] == pytest.approx([1, 2, 6])
     # sent back to back the latency is not paid again; from another sender as fast as we receive
     assert [link.receive(10**6, left) for left in (1.0, 2.0, 2.0)] == pytest.approx([1.1, 2.1, 3.1])
-    link.sleep_until(3.0)
-    link.sleep_until(2.0)  # arrived while we computed
-    assert link.time == 3.0
     no_limit = Link(latency_ms=1)
     assert no_limit.dialled and no_limit.send(10**9, now=1.0) == 1.0 and not Link().dialled
 
@@ -235,7 +187,6 @@ def check(f):
 
 class ToyCodec(mos_cp.Full):
     """A shared weight, and a second, coarser payload tensor: nothing that mos_cp.py has."""
-    params = ()
 
     def __init__(self, weight, n_kv_head, keep):
         super().__init__()
@@ -302,27 +253,22 @@ def ring_equals_dense_in_low_precision(ring):
 
 @check
 def one_block_is_ahead_without_keep(ring):
-    """Every rank's tensors arrive once, and at most `ahead` + 1 exchanges are open at a time."""
-    P, open_now, most, exchange = ring.world_size, 0, 0, ring.exchange
+    """Every rank's tensors arrive once; `ahead` exchanges are posted, then one before each wait."""
+    P, exchange, log = ring.world_size, ring.exchange, []
 
-    def counting(*args):
-        nonlocal open_now, most
-        wait, open_now = exchange(*args), open_now + 1
-        most = max(most, open_now)
-
-        def counted():
-            nonlocal open_now
-            open_now -= 1
-            return wait()
-        return counted
+    def noting(*args):
+        wait = exchange(*args)
+        log.append('post')
+        return lambda: (log.append('wait'), wait())[1]
     for ahead in (1, P):
-        most = 0
-        with patch.object(ring, 'exchange', counting):
+        log.clear()
+        n = min(ahead, P - 1)
+        with patch.object(ring, 'exchange', noting):
             arrivals = ring.circulate([torch.full((3,), float(ring.rank))], 'fwd', ahead)
-            assert open_now == min(ahead, P - 1)  # posted before anything is asked for
+            assert log == n * ['post']  # before anything is asked for
             sources = [source for source, (t,) in arrivals if (t == source).all()]
         assert sources == [(ring.rank - hop) % P for hop in range(1, P)]
-        assert most <= min(ahead + 1, P) and not open_now
+        assert log == n * ['post'] + (P - 1 - n) * ['post', 'wait'] + n * ['wait']
 
 
 @check
@@ -347,9 +293,6 @@ def dialled_link_delays_exchanges(ring):
     assert abs(link.time - 100 - took) < 1e-9, link.time
     m, n = dialled.meter, 2 * (P - 1) * 8000 // P
     assert (m['sent_sync'], m['received_sync'], m['exchanges_sync']) == (n, n, 1), m
-    model, expected = (small_model(r) for r in (dialled, ring))  # and a model's numbers stay
-    idx = ring.shard(torch.arange(32)[None], model.config.chunk_size)
-    assert torch.equal(model(idx)[0], expected(idx)[0])
 
 
 @check
@@ -365,24 +308,14 @@ def bad_lengths_are_refused(ring):
                 call()
 
 
-def test_sums_over_blocks_are_float32(monkeypatch):
+def test_sums_over_blocks_are_float32():
     """256 + 1 + 1 is 256 if it is added up in bfloat16."""
-    sizes = [1, 1, 256]  # two calls over the own block; before them the diagonal
-
-    def numbers(dout, q, k, *args):
-        size = sizes.pop() if sizes else 1
-        return tuple(torch.full_like(t, size) for t in (q, k, k))
-    monkeypatch.setattr(kernels, 'attention_backward', numbers)
-    q, k, v = torch.randn(3, 1, 16, 1, 8).bfloat16()
-    payload = torch.randn(1, 16, 5).bfloat16(), torch.ones(1, 4, 1).bfloat16()
-    q.requires_grad_()
-    table = kernels.rope_table(16, 8, 10.0)[None].bfloat16()
-    out = attend(Ring(), q, k, v, payload, ToyCodec(torch.randn(5, 16), 1, True), table, 4)
-    out.backward(torch.ones_like(out))
-    assert (q.grad[:, 12:] == 258).all() and (q.grad[:, :4] == 256).all()
-    parts, shape = [torch.full((1, 4, 1, 1), n).bfloat16() for n in (256, 1, 1)], (1, 4, 1, 1)
-    total = kernels.add_parts(None, parts, [(4, slice(0, 4))] * 3, torch.Size(shape))
-    assert total.dtype == torch.float32 and (total == 258).all()
+    ones, dq = torch.ones(1, 4, 1, 1).bfloat16(), None
+    parts, call = (256 * ones, ones, ones), kernels.Call(4, slice(0, 4), slice(0, 4), False)
+    for part in parts:  # block after block
+        dq = kernels.add_all(dq, [(part,) * 3], [call], ones, ones)[0]
+    dk = kernels.add_all(None, [(part,) * 3 for part in parts], [call] * 3, ones, ones)[1]
+    assert (dq == 258).all() and (dk == 258).all()
 
 
 # -----------------------------------------------------------------------------
@@ -506,11 +439,6 @@ def meter_equals_formula(ring):
         n = 2 * hops if fwd else 0  # exchanges: one a layer and hop
         twice = 1 + (kind in ('full', 'int4'))  # keys and values, once more
         assert (m['exchanges_fwd'], m['exchanges_bwd']) == (n, twice * n), (kind, m)
-    if hops:  # the default rank, at the default width
-        full, ours = (dict(metered_step(ring, GPT(GPTConfig(
-            block_size=64, n_chunks=8, n_layer=2, send=send), ring), 1))
-            for send in ('full', 'subspace'))
-        assert all(ours[k] < 0.05 * full[k] for k in ('sent_fwd', 'sent_bwd')), (ours, full)
 
 
 @check
@@ -535,16 +463,21 @@ def quantised_gradients_are_unbiased(ring):
 
 @check
 def warm_start_agrees_over_ranks(ring):
-    """Moments summed over ranks are those of one process; no logits are computed for them."""
+    """Moments are those of all ranks' keys and values, or of weights; no logits are computed."""
     idx = torch.randint(50, (2, 32), generator=seeded(1))
-    model, alone = small_model(ring), small_model()
-    model.logits = None
-    moments = model.basis_moments(ring.shard(idx, model.config.chunk_size))
-    moments = [ring.all_reduce(m, 'moments') for m in moments] + model.basis_moments()
-    expected = alone.basis_moments(idx) + alone.basis_moments()  # and of the weights
-    assert len(moments) == len(expected) == 4
-    for i, (a, b) in enumerate(zip(moments, expected)):
-        assert_close(a, b, f'moment {i}')
+    for joint_kv in (True, False):
+        (model, alone), kvs = (small_model(r, joint_kv=joint_kv) for r in (ring, None)), []
+        model.logits = None
+        moments = model.basis_moments(ring.shard(idx, model.config.chunk_size))
+        moments = [ring.all_reduce(m, 'moments') for m in moments] + model.basis_moments()
+        for block in alone.h:
+            block.attn.c_kv.register_forward_hook(lambda *call: kvs.append(call[2].flatten(0, 1)))
+        alone(idx)
+        kvs += [block.attn.c_kv.weight.T for block in alone.h]
+        zs = kvs if joint_kv else [z for kv in kvs for z in kv.chunk(2, dim=1)]
+        assert len(moments) == len(zs)
+        for i, (m, z) in enumerate(zip(moments, zs)):
+            assert_close(m, z.T @ z, f'moment {i}')
 
 
 def run_checks(rank, world_size, folder):
@@ -608,14 +541,15 @@ def test_rotation(generator, k):
     theta = torch.rand(B, c, k, dtype=torch.float64, generator=seeded(0)) - 0.5
     config = GPTConfig(basis='rotated', generator=generator, n_generators=k)
     b = mos_cp.Basis(d, r, config, seeded(0)).double()
-    b.start(torch.linalg.qr(double(d, r, generator=seeded(1)))[0])
+    U0 = torch.linalg.qr(double(d, r, generator=seeded(1)))[0]
+    b.start(U0)
     U = b.rotate(theta, b.U0, b.AU0, b.AAU0)  # (B, c, d, r)
     assert relative_error(U, b.U0.expand(B, c, d, r)) > 0.01
     norms = torch.linalg.matrix_norm(b.A, 'fro' if generator == 'frobenius' else 2)
     assert_close(norms, torch.ones_like(norms), 'norm of A', 1e-6)  # drawn in float32
     assert_close(b.A.mT, -b.A, 'A^T')
     M = torch.einsum('bcl,lde->bcde', theta, b.A)
-    error = torch.linalg.matrix_norm(U - torch.linalg.matrix_exp(M) @ b.U0, 2)
+    error = torch.linalg.matrix_norm(U - torch.linalg.matrix_exp(M) @ U0, 2)
     assert (error <= torch.linalg.matrix_norm(M, 2)**3 / 6 + 1e-12).all() and error.max() > 0
     b.psi.data.fill_(1.0)
     z = torch.arange(4.0 * d).view(1, 4, d).double() - 2 * d
@@ -625,15 +559,11 @@ def test_rotation(generator, k):
 
 
 def test_bases_follow_the_seed():
-    """No two layers or seeds share one; the other weights do not depend on what is sent."""
-    models = [small_model(seed=seed, basis='rotated') for seed in (0, 0, 1)]
-    bases = [[b.U0 for b in m.bases] + [b.A for b in m.bases] for m in models]
-    assert all(torch.equal(a, b) for a, b in zip(bases[0], bases[1]))
+    """No two layers or seeds share one."""
+    models = (small_model(seed=seed, basis='rotated') for seed in (0, 1))
+    bases = [t for m in models for b in m.bases for t in (b.U0, b.A)]
     assert all(a.shape != b.shape or not torch.equal(a, b)
-               for a, b in itertools.combinations(bases[0] + bases[2], 2))
-    plain = small_model(send='full').state_dict()
-    assert all(torch.equal(t, plain[name]) for name, t in models[0].state_dict().items()
-               if 'codec' not in name)
+               for a, b in itertools.combinations(bases, 2))
 
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
@@ -700,51 +630,23 @@ def test_own_codec():
 
         def expand(self, payload, params):
             return torch.nn.functional.pad(payload[0], (0, 12))
-    logits = []
-    for dtype in ('compute', 'int8'):
+
+    def steps(*attend):
         model = small_model()
         for block in model.h:
-            block.attn.codec = First(dtype, 'compute')
-        out, loss = model(one_sequence(), one_sequence())
-        loss.backward()
-        assert model.h[0].attn.c_kv.weight.grad.norm() > 0
-        logits.append(out.detach())
-    assert 1e-6 < relative_error(logits[1], logits[0]) < 0.1
+            block.attn.codec = First('int8', 'compute')
+        return train_steps(model, 1, *attend)
+    assert_same_steps(steps(), steps(dense_attend))
 
 
-@pytest.mark.parametrize('joint_kv', (True, False))
-def test_warm_start_reduces_reconstruction_error(joint_kv):
-    """On a briefly trained model's keys and values of real text: random > weights > activations."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=128, n_chunks=4, n_layer=1, n_embd=64, n_head=4, rank=12,
-                          joint_kv=joint_kv))
-    model.set_send('full')
-    text = train.load_data('stdlib', '', 128)[0]
-
-    def batch(i):
-        return train.get_batch(text, 8, 128, 256, np.random.default_rng(i))
-    optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), 'cpu')
-    for i in range(30):
-        model(*batch(i))[1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    block = model.h[0]
-    codec = block.attn.codec
-    x = block.ln_1(model.wte(batch(99)[0]))
-    kv = block.attn.c_kv(x).detach().unflatten(-1, (2, 4, 16))
-
-    def error():
-        return relative_error(codec.expand(codec.compress(kv), codec.params), kv)
-    errors = [error()]
-    for idx in (None, batch(0)[0]):
-        for basis, moment in zip(model.bases, model.basis_moments(idx)):
-            basis.start(mos_cp.principal_directions(moment, basis.U0.shape[1]))
-            assert_close(basis.U0.T @ basis.U0, torch.eye(basis.U0.shape[1]), 'U0', 1e-5)
-        errors.append(error())
-    assert errors[2] < 0.95 * errors[1] < 0.95 * errors[0], errors
-    for z in codec.compress(kv):  # numbers that share a scale are of one size
-        size = z.flatten(0, 1).norm(dim=0)
-        assert size.max() < 8 * size.min(), size
+def test_principal_directions():
+    """Of the right span, and turned: numbers that share a scale are of one size."""
+    z = double(64, 8, generator=seeded(0)) * 5.0 ** -torch.arange(8)
+    z = z @ torch.linalg.qr(double(8, 8, generator=seeded(1)))[0]
+    U, V = mos_cp.principal_directions(z.T @ z, 6), torch.linalg.svd(z)[2][:6].T
+    assert_close(U @ U.T, V @ V.T, 'projector', 1e-6)  # so U is orthonormal too
+    shares = (z @ U).square().sum(0)
+    assert shares.max() < 0.9 * shares.sum()  # along the eigenvectors: about 0.96
 
 
 def test_unplugged_model_is_a_plain_model():
@@ -841,7 +743,7 @@ def test_needle_batch():
     n = 8  # chunks of 6 tokens
     x, y = train.needle_batch(3, 48, n, np.random.default_rng(0))
     stated, asked, answers = x[:, :24], x[:, 24:] - 24 * train.N_VALUES, y[:, 24:]
-    assert (y[:, :24] == -1).all() and 0 <= answers.min() and answers.max() < train.N_VALUES
+    assert (y[:, :24] == -1).all()
     for s, a, v in zip(stated, asked, answers):
         assert sorted(a.tolist()) == list(range(24))
         facts = {int(f) // train.N_VALUES: (int(f) % train.N_VALUES, i // 6)
@@ -882,8 +784,6 @@ def test_readers(tmp_path):
         train.load_data(pattern, str(plain), 600)
     with pytest.raises(ValueError, match=r'the data has token \d+, outside vocab_size \(500\)'):
         train.get_batch(shards, 64, 50, 500, rng)
-    n_train, n_val = (sum(map(len, part)) for part in train.load_data('stdlib', '', 50))
-    assert n_train > 5 * n_val > 1e6
     same, flipped = list(shards), [np.flip(s) for s in shards]
     assert train.fingerprint(shards) == train.fingerprint(same) != train.fingerprint(flipped)
 
@@ -894,21 +794,19 @@ def test_readers(tmp_path):
      '--block_size or --n_chunks'),
     ('--n_embd=100 --n_head=3', r'n_embd \(100\) must be a multiple of 2 \* n_head \(6\)'),
     ('--n_head=4 --n_kv_head=3', r'n_head \(4\) must be a multiple of n_kv_head \(3\)'),
-    ('--rank=0', r'rank \(0\) must be at least 1'), ('--n_layer=0', r'n_layer \(0\)'),
+    ('--rank=0', r'rank \(0\) must be at least 1'), ('--beta2=1', r'beta2 \(1.0\)'),
     ('--rank=257', r'rank \(257\) must leave each subspace between 1 and 256 numbers, and one '
      'has 257'),
     ('--joint_kv=False --rank_k=36', r'rank \(36\) must .* between 1 and 128 .* one has 0'),
     ('--compress_last=False --n_layer=1', 'leaves nothing to compress when n_layer is 1'),
     ('--block_size=eight', "--block_size: invalid int value: 'eight'"),
-    ('--send=some', "--send: invalid choice: 'some'"),
+    ('--send=some', "--send: invalid choice: 'some'"), ('--batch_size=0', r'batch_size \(0\)'),
     ('--compile=maybe', "'maybe' is neither True nor False"),
     ('--cp=2', r'world size \(1\) must be a multiple of cp \(2\)'),
     ('--unplug_at=50', r'unplug_at \(50\) must be between warm_start \(50\) and max_iters'),
-    ('--seed=-1', r'seed \(-1\) must be at least 0'), ('--beta2=1', r'beta2 \(1.0\)'),
     ('--learning_rate=nan', r'learning_rate \(nan\) must be at least 0'),
     ('--block_size=1600000', r'\(1600000\) must be below the length of the validation data'),
     ('--warm_start=500', r'warm_start \(500\) must be below max_iters \(250\)'),
-    ('--batch_size=0', r'batch_size \(0\)'), ('--link_mbps=-1', r'link_mbps \(-1.0\)'),
     ('--data=no/such/file', "no file matches 'no/such/file'"),
     ('--init_from=resume', 'there is no .*ckpt.pt'),
     ('--vocab_size=100', r'outside vocab_size \(100\)'),
@@ -936,10 +834,8 @@ def test_flags():
     def parse(argv):
         return train.parse_config(argv.split())[0]
     c = parse('--preset=800m --method paper --block_size 4096 --compile')
-    assert (c.n_layer, c.n_embd, c.n_head, c.block_size, c.compile) == (8, 2048, 8, 4096, True)
-    assert (c.basis, c.exact_local, c.joint_kv, c.generator, c.compress_last, c.sync_every) == (
-        'rotated', False, False, 'frobenius', False, 200)
-    assert (c.theta_clip, c.n_generators, c.warm_basis, c.warm_send) == (0.5, 1, 'weights', 'full')
+    assert (c.n_embd, c.block_size, c.compile) == (2048, 4096, True)
+    assert train.METHODS['paper'].items() <= vars(c).items()
     assert train.model_config(c).subspaces == [(2048, 41), (2048, 102)]  # 2 % and 5 %
     ranks = {'': 36, '--preset=124m': 128, '--method=paper': 9, '--method=paper --rank=5': 5}
     assert {argv: parse(argv).rank for argv in ranks} == ranks
@@ -1144,15 +1040,10 @@ def test_optimizer_options(tmp_path):
     """Clipped far below AdamW's epsilon nothing moves; bases learn at a rate of their own."""
     records = small_run(tmp_path, '--grad_clip=1e-12')['records']
     assert records[11]['loss'] > records[0]['loss'] - 0.1
-    for basis_lr in (0.0, 0.5):
-        result = small_run(tmp_path, '--warm_start=0', f'--basis_lr={basis_lr}', '--max_iters=1',
-                           '--weight_decay=0')
-        torch.manual_seed(1337)
-        start = GPT(result['model'].config).double()
-        moved = (result['model'].bases[0].U0 - start.bases[0].U0).abs().max().item()
-        # AdamW's first step is the learning rate
-        assert abs(moved / result['records'][0]['lr'] - basis_lr) < 1e-3 and bool(moved) == bool(
-            basis_lr), moved
+    argv = '--warm_start=0', '--max_iters=1', '--weight_decay=0'
+    still, moved = (small_run(tmp_path, *argv, f'--basis_lr={x}') for x in (0, 0.5))
+    step = (moved['model'].bases[0].U0 - still['model'].bases[0].U0).abs().max().item()
+    assert abs(step / moved['records'][0]['lr'] - 0.5) < 1e-3  # AdamW's first is the learning rate
 
 
 def test_bf16_trains(tmp_path, reference_run):
@@ -1185,35 +1076,29 @@ def report_meter(rank):
 
 def test_weights_averaged_every_few_steps(reference_run, tmp_path):
     """
-    sync_every > 1: not the same numbers, nearly the same loss. Validation and checkpoints wait for
-    the next sync, so how often one validates changes no weight and no byte that is counted; a
-    checkpoint is the average, moments included.
+    sync_every > 1: not the same numbers, nearly the same loss. Validation waits for the next sync,
+    so how often one validates changes no weight and no byte that is counted.
     """
     runs, meters = {}, set()
-    for interval in (1, 3, 12):  # at 4, 8 and 12; the same; at 12
+    for interval in (3, 12):  # at 4, 8 and 12; at 12
         folder = tmp_path / str(interval)
         codes, said = run_two(folder, *SMALL, '--sync_every=4', f'--eval_interval={interval}',
                               sabotage=(report_meter,))
         assert codes == [0, 0], said
         meters.add(re.search(r'^meter .*received_fwd.*$', said[0], re.MULTILINE)[0])
         runs[interval] = read_log(folder)
-    assert losses(tmp_path / '1') == losses(tmp_path / '3') == losses(tmp_path / '12')
+    assert losses(tmp_path / '3') == losses(tmp_path / '12')
     assert len(meters) == 1, meters
     validated = [[r['iter'] for r in records if 'val_loss' in r] for records in runs.values()]
-    assert validated == [[0, 4, 8, 12], [0, 4, 8, 12], [0, 12]]
+    assert validated == [[0, 4, 8, 12], [0, 12]]
     weights = 8 * sum(p.numel() for p in reference_run[1]['model'].parameters())
     # moments of keys and values, two layers; and the bases they give, from rank 0
     moments = 2 * 64 * 64 * 8 + 2 * 64 * 6 * 8
     assert [r['received_sync'] for r in runs[12][:-1]] == [
         0, 0, 0, moments, weights, 0, 0, 0, weights, 0, 0, 0]
-    folder = tmp_path / 'saved'
-    run_two(folder, *SMALL, '--sync_every=4', '--wire_dtype=int8')
-    records, expected = read_log(folder), reference_run[1]['records']
-    assert records[0]['loss'] == pytest.approx(expected[0]['loss'], rel=1e-9)
+    records, expected = runs[12], reference_run[1]['records']
     assert records[2]['loss'] != pytest.approx(expected[2]['loss'], rel=1e-9)
     assert records[-1]['val_loss'] == pytest.approx(expected[-1]['val_loss'], rel=0.05)
-    evaluated = small_run(folder, '--wire_dtype=int8', '--init_from=resume', '--eval_only')
-    assert evaluated['val_loss'] == pytest.approx(records[-1]['val_loss'], rel=1e-9)
 
 
 # -----------------------------------------------------------------------------
@@ -1384,15 +1269,13 @@ def die_once(argv):
 
 def lose_steps(rank, iterations):
     """Rank 1's gradient is not finite in some iterations."""
-    learning_rate, norm, now = train.learning_rate, torch.nn.utils.get_total_norm, []
-    average = train.average
+    average, n_steps = train.average, itertools.count()
 
-    def spoil(tensors):
-        if now and now[-1] in iterations and rank == 1 and len(tensors) > 10:
+    def spoiling(tensors, ring):
+        if len(tensors) > 10 and next(n_steps) in iterations and rank == 1:  # not bases: gradients
             tensors[0].fill_(float('inf'))
-    train.learning_rate = lambda it, c: (now.append(it), learning_rate(it, c))[1]
-    train.average = lambda tensors, ring: (spoil(tensors), average(tensors, ring))[1]
-    torch.nn.utils.get_total_norm = lambda grads: (spoil(grads), norm(grads))[1]
+        average(tensors, ring)
+    train.average = spoiling
 
 
 def test_steps_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
@@ -1412,24 +1295,22 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
 
 
 def differ(rank, what):
-    if rank == 1 and what == 'torch':
-        torch.__version__ = '0.0'
-    if rank == 1 and what == 'flag':
-        parse = train.parse_config
-        train.parse_config = lambda argv: parse([*argv, '--seed=2'])
-    if rank == 1 and what == 'data':
-        load = train.load_data
-        train.load_data = lambda *args: [[np.flip(s) for s in part] for part in load(*args)]
-    if rank == 1 and what == 'checkpoint':
+    """Rank 1 has another version, checkpoint or flag."""
+    if rank == 1:
         parse, checkpoint = train.parse_config, dict(iter_num=20, best_val_loss=3.0, seconds=7.0)
-        train.parse_config = lambda argv: (parse(argv)[0], checkpoint)
+        if what == 'torch':
+            torch.__version__ = '0.0'
+        elif what == 'checkpoint':
+            train.parse_config = lambda argv: (parse(argv)[0], checkpoint)
+        else:
+            train.parse_config = lambda argv: parse([*argv, what])
 
 
 @pytest.mark.parametrize('what, message', (
     ('torch', r'rank 1 has torch 0\.0, and rank 0 has'),
-    ('data', 'rank 1 has training data with checksum'),
+    ('--data=needle', 'rank 1 has training data with checksum 0, and rank 0 has'),
     ('checkpoint', 'rank 1 has checkpoint iteration 20, best loss 3.*, and rank 0 has none'),
-    ('flag', 'rank 1 has --seed 2, and rank 0 has 1337: they must be the same')))
+    ('--seed=2', 'rank 1 has --seed 2, and rank 0 has 1337: they must be the same')))
 def test_ranks_that_disagree_are_named(tmp_path, what, message):
     codes, said = run_two(tmp_path, *SMALL, sabotage=(differ, what))
     assert codes == [1, 1] and re.search(message, said[0]), said
@@ -1548,13 +1429,14 @@ def random_configuration(rng):
     return world_size, flags
 
 
-def fuzz(seed, folder):
-    """One random configuration, on its ranks and on one -> 'trained' or 'refused'."""
+@pytest.mark.parametrize('seed', range(20))
+def test_fuzz(seed, tmp_path):
+    """One random configuration, on its ranks and on one: trained alike, or refused by both."""
     world_size, flags = random_configuration(np.random.default_rng(seed))
     argv = ['--dtype=float64', '--max_iters=2', '--eval_iters=2', '--log_interval=1',
             '--sample_tokens=0', '--timeout_s=30', '--device=cpu',
             *(f'--{k}={v}' for k, v in flags.items())]
-    many, one = folder / 'many', folder / 'one'
+    many, one = tmp_path / 'many', tmp_path / 'one'
     ranks = start_ranks(world_size, many, *argv)
     try:
         train.main([*argv, '--cp=1', f'--out_dir={one}'])
@@ -1566,7 +1448,7 @@ def fuzz(seed, folder):
         assert set(codes) == {1} and 'Traceback' not in ''.join(said), (what, codes, said)
         assert 'train.py: ' in said[0], (what, said)
         assert not (many / 'log.jsonl').exists(), what  # before anything was sent
-        return 'refused'
+        return
     assert isinstance(alone, dict), (what, alone)
     found, default = losses(many), 'int4' if flags['send'] == 'subspace' else 'compute'
     gradient = flags.get('grad_wire_dtype', flags.get('wire_dtype', default))
@@ -1576,12 +1458,6 @@ def fuzz(seed, folder):
         flags['warm_start'] and flags.get('basis') == 'rotated')
     assert found[0] == pytest.approx(alone[0], rel=1e-9), what
     assert found[1] == pytest.approx(alone[1], rel=1e-9 if exact else 0.05), what
-    return 'trained'
-
-
-@pytest.mark.parametrize('seed', range(20))
-def test_fuzz(seed, tmp_path):
-    fuzz(seed, tmp_path)
 
 
 if __name__ == '__main__':  # one rank of a test that needs torchrun
