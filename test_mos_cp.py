@@ -649,6 +649,16 @@ def test_principal_directions():
     assert shares.max() < 0.9 * shares.sum()  # along the eigenvectors: about 0.96
 
 
+def test_subspace_projects():
+    """Z U U^T, of keys and values together, or of each."""
+    kv = double(2, 8, 2, 1, 16)
+    for joint_kv in (True, False):
+        codec = mos_cp.Subspace(GPTConfig(n_head=1, n_embd=16, rank=7, joint_kv=joint_kv), 0)
+        projector = torch.block_diag(*(b.U0 @ b.U0.T for b in codec.double().bases))
+        rebuilt = codec.expand(codec.compress(kv), codec.params)
+        assert_close(rebuilt, (kv.flatten(2) @ projector).view_as(kv), 'kv')
+
+
 def test_unplugged_model_is_a_plain_model():
     idx, plain, local = one_sequence(), small_model(send='full'), small_model(send='local')
     for options in (dict(), dict(basis='rotated', exact_local=False), dict(send='topk'),
