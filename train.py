@@ -785,7 +785,7 @@ def log_line(record, dt, tokens_per_iter, model, world):
     """What is said of an iteration. dt: seconds that one took since the last line."""
     n = tokens_per_iter / world.world_size
     fwd, bwd = record['received_fwd'] / n, record['received_bwd'] / n
-    wire = 'nothing sent' if not fwd else (
+    wire = 'ring of one' if world.cp == 1 else 'nothing sent' if not fwd else (
         f'wire {fwd:.0f} fwd + {bwd:.0f} bwd B/token, compression {record["compression"]:.1%}')
     gpu = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else ''
     peak = world.world_size * next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), 0)
