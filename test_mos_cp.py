@@ -478,6 +478,8 @@ def warm_start_agrees_over_ranks(ring):
         assert len(moments) == len(zs)
         for i, (m, z) in enumerate(zip(moments, zs)):
             assert_close(m, z.T @ z, f'moment {i}')
+    with torch.autocast('cpu', torch.bfloat16):
+        assert {m.dtype for m in small_model().float().basis_moments(idx)} == {torch.float32}
 
 
 def run_checks(rank, world_size, folder):
@@ -811,7 +813,7 @@ def test_readers(tmp_path):
     ('--compress_last=False --n_layer=1', 'leaves nothing to compress when n_layer is 1'),
     ('--block_size=eight', "--block_size: invalid int value: 'eight'"),
     ('--send=some', "--send: invalid choice: 'some'"), ('--batch_size=0', r'batch_size \(0\)'),
-    ('--compile=maybe', "'maybe' is neither True nor False"),
+    ('--compile=maybe', "'maybe' is neither True nor False"), ('--n_ff=-8', r'n_ff \(-8\)'),
     ('--cp=2', r'world size \(1\) must be a multiple of cp \(2\)'),
     ('--unplug_at=50', r'unplug_at \(50\) must be between warm_start \(50\) and max_iters'),
     ('--learning_rate=nan', r'learning_rate \(nan\) must be at least 0'),

@@ -457,9 +457,7 @@ def plan(c):
         'slow link.')
     heads = ' | '.join(f'{link} | tokens/s | {ENOUGH:.0%} from' for link in links)
     return '\n'.join((textwrap.fill(about, 100), '', f'| | ring, MB | sync, MB | {heads} |',
-                      '|---' + '|---:' * 8 + '|', *lines, '',
-                      f'At 300 Mbit/s this configuration has {e.speed(n, 300):.0%} of its speed '
-                      'without a slow link, the sync aside.'))
+                      '|---' + '|---:' * 8 + '|', *lines))
 
 
 # -----------------------------------------------------------------------------
