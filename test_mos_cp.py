@@ -22,7 +22,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # a process's first optimizer would: 2 seconds in every fork of this one
+import torch._dynamo  # the first optimizer would: 2 seconds, in every fork of this process
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
