@@ -17,6 +17,7 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -767,37 +768,73 @@ def test_needle_batch():
             assert all(both - set(zigzag(n, P, r)) for P in (2, 4) for r in range(P))
 
 
-def test_readers(tmp_path):
-    """Text, nanoGPT's .bin, the headered .bin and a glob of shards; and what is refused."""
+def load(data, val_data='', block_size=50):
+    return train.load_data(SimpleNamespace(data=str(data), val_data=str(val_data),
+                                           block_size=block_size))
+
+
+def test_readers(tmp_path, monkeypatch):
+    """Text, .bin with and without a header, globs to any depth of many files; what is refused."""
     tokens, header = np.arange(1000, dtype=np.uint16), np.zeros(256, dtype=np.int32)
-    text, plain, bad = (tmp_path / name for name in ('text.txt', 'plain.bin', 'bad.bin'))
+    text, plain, bad, llama = (tmp_path / f for f in ('text.txt', 'plain.bin', 'bad.bin', 'l.bin'))
     text.write_bytes(bytes(range(256)) * 4)
     tokens.tofile(plain)
     for i, part in enumerate((tokens[:400], tokens[400:])):
         header[:3] = 20240520, 1, len(part)
-        (tmp_path / f'shard_{i}.bin').write_bytes(header.tobytes() + part.tobytes())
-    assert np.array_equal(train.read_tokens(text), np.tile(np.arange(256), 4))
-    assert np.array_equal(train.read_tokens(plain), tokens)
-    pattern, rng = str(tmp_path / 'shard_*.bin'), np.random.default_rng(0)
-    shards, val = train.load_data(pattern, str(plain), 50)
+        path = tmp_path / f'deep/{i}' * i / f'shard_{i}.bin'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(header.tobytes() + part.tobytes())
+    (tmp_path / 'shard_empty.bin').touch()
+    assert np.array_equal(train.read_tokens(str(text)), np.tile(np.arange(256), 4))
+    assert np.array_equal(train.read_tokens(str(plain)), tokens)
+    pattern, rng = tmp_path / '**/shard_*.bin', np.random.default_rng(0)
+    shards, val = load(pattern, plain)
+    shards.sort(key=len)
     assert np.array_equal(np.concatenate(shards), tokens) and len(val) == 1
     x, y = train.get_batch(shards, 64, 50, 1000, rng)
     assert x.shape == (64, 50) and torch.equal(x + 1, y)  # no window crosses into the next shard
     assert x[:, 0].min() < 300 and x[:, 0].max() > 600
-    first, last = train.load_data(str(plain), '', 50)
+    first, last = load(plain)
     assert np.array_equal(np.concatenate(first + last), tokens) and len(last[0]) == 100
-    for content, message in ((b'', 'is empty'), (b'abc', r'odd number of bytes \(3\)'),
-                             (header.tobytes() + b'ab', 'has header version 1 and 600 tokens'),
-                             (header[:100].tobytes(), 'by its size, 0 tokens')):
+    words = header[:3].tobytes() + bytes(1012) + (tokens.astype(np.uint32) + 70_000).tobytes()
+    for content, message in (
+            (b'abc', r'odd number of bytes \(3\)'), (words[1024:], 'seems to hold uint32'),
+            (tokens.astype(np.uint32).tobytes(), 'seems to hold uint32'),
+            (header.tobytes() + b'ab', 'has header version 1 and 600 tokens'),
+            (header[:100].tobytes(), 'by its size, 0 tokens')):
         bad.write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            train.read_tokens(bad)
+            train.read_tokens(str(bad))
+    llama.write_bytes(np.array([20240801, 7, 1000], dtype=np.int32).tobytes() + words[12:])
+    assert np.array_equal(train.read_tokens(str(llama)), tokens.astype(int) + 70_000)
+    for data, message in ((tmp_path / 'shard_empty.bin', 'is empty'),
+                          (tmp_path / '*', 'holds uint16 tokens, and .* uint8')):
+        bad.unlink(missing_ok=True)
+        llama.unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=message):
+            load(data)
     with pytest.raises(ValueError, match=r'below the length of the training data \(600 tokens'):
-        train.load_data(pattern, str(plain), 600)
+        load(pattern, plain, 600)
     with pytest.raises(ValueError, match=r'the data has token \d+, outside vocab_size \(500\)'):
         train.get_batch(shards, 64, 50, 500, rng)
     same, flipped = list(shards), [np.flip(s) for s in shards]
     assert train.fingerprint(shards) == train.fingerprint(same) != train.fingerprint(flipped)
+
+
+def test_more_files_than_descriptors(tmp_path, monkeypatch):
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for i in range(100):
+        (tmp_path / f'{i}.txt').write_text('text ' * 200)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (80, limit[1]))
+        assert len(load(tmp_path / '*.txt')[0]) == 100
+        resource.setrlimit(resource.RLIMIT_NOFILE, (80, limit[1]))
+        monkeypatch.setattr(resource, 'setrlimit', lambda *args: None)  # as if 80 were the most
+        with pytest.raises(SystemExit, match='Too many open files.*ulimit -n'):
+            train.main([f'--data={tmp_path}/*.txt', f'--out_dir={tmp_path}'])
+    finally:
+        monkeypatch.undo()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
 @pytest.mark.parametrize('argv, message', (
@@ -806,19 +843,18 @@ def test_readers(tmp_path):
      '--block_size or --n_chunks'),
     ('--n_embd=100 --n_head=3', r'n_embd \(100\) must be a multiple of 2 \* n_head \(6\)'),
     ('--n_head=4 --n_kv_head=3', r'n_head \(4\) must be a multiple of n_kv_head \(3\)'),
-    ('--rank=0', r'rank \(0\) must be at least 1'), ('--beta2=1', r'beta2 \(1.0\)'),
-    ('--rank=257', r'rank \(257\) must leave each subspace between 1 and 256 numbers, and one '
-     'has 257'),
-    ('--joint_kv=False --rank_k=36', r'rank \(36\) must .* between 1 and 128 .* one has 0'),
+    ('--latent_dim=0', r'latent_dim \(0\) must be at least 1'), ('--beta2=1', r'beta2 \(1.0\)'),
+    ('--latent_dim=257', r'\(257\) must leave each subspace between 1 and 256 numbers, and one has'),
+    ('--joint_kv=False --latent_dim_k=36', r'dim \(36\) must .* between 1 and 128 .* one has 0'),
     ('--compress_last=False --n_layer=1', 'leaves nothing to compress when n_layer is 1'),
     ('--block_size=eight', "--block_size: invalid int value: 'eight'"),
     ('--send=some', "--send: invalid choice: 'some'"), ('--batch_size=0', r'batch_size \(0\)'),
-    ('--compile=maybe', "'maybe' is neither True nor False"), ('--n_ff=-8', r'n_ff \(-8\)'),
+    ('--compile=maybe', "--compile: invalid choice: 'maybe'"), ('--n_ff=-8', r'n_ff \(-8\)'),
     ('--cp=2', r'world size \(1\) must be a multiple of cp \(2\)'),
     ('--unplug_at=50', r'unplug_at \(50\) must be between warm_start \(50\) and max_iters'),
     ('--learning_rate=nan', r'learning_rate \(nan\) must be at least 0'),
     ('--block_size=1600000', r'\(1600000\) must be below the length of the validation data'),
-    ('--warm_start=500', r'warm_start \(500\) must be below max_iters \(250\)'),
+    ('--warm_start=500', r'warm_start \(500\) must be below max_iters \(500\)'),
     ('--data=no/such/file', "no file matches 'no/such/file'"),
     ('--init_from=resume', 'there is no .*ckpt.pt'),
     ('--vocab_size=100', r'outside vocab_size \(100\)'),
@@ -831,6 +867,9 @@ def test_readers(tmp_path):
     ('--plan --cp=3', r'n_chunks \(16\) must be a multiple of 2 \* cp \(6\): change --n_chunks'),
     ('--compile --device=cpu', r'needs a C\+\+ compiler .* \(none\): .* leave out --compile'),
     ('--data=needle', 'out_dir .* cannot be written: change --out_dir'),
+    ('--rehearse=8 --n_chunks=8', r'of 2 \* rehearse \(16\): change --n_chunks or --rehearse'),
+    ('config/x.py', r'unknown argument config/x.py: flags only, --key=value'),
+    ('--seed=18446744073709551616', r'seed \(\d+\) must be at least 0 and below 2\^63'),
 ))
 def test_bad_flags_are_refused(argv, message, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
@@ -849,13 +888,13 @@ def test_flags():
     assert (c.n_embd, c.block_size, c.compile) == (2048, 4096, True)
     assert train.METHODS['paper'].items() <= vars(c).items()
     assert train.model_config(c).subspaces == [(2048, 41), (2048, 102)]  # 2 % and 5 %
-    ranks = {'': 36, '--preset=124m': 128, '--method=paper': 9, '--method=paper --rank=5': 5}
-    assert {argv: parse(argv).rank for argv in ranks} == ranks
+    dims = {'': 36, '--preset=124m': 128, '--method=paper': 9, '--method=paper --latent_dim=5': 5}
+    assert {argv: parse(argv).latent_dim for argv in dims} == dims
     wires = {'': 'int4', '--send=full': 'compute', '--send=topk': 'compute',
              '--method=paper': 'compute', '--send=full --wire_dtype=int8': 'int8'}
     assert {argv: train.model_config(parse(argv)).wire_dtype for argv in wires} == wires
     for send in mos_cp.CHOICES['send']:  # one command line can be swept over what is sent
-        parse(f'--send={send} --rank=5 --topk=0.2 --exact_local=False --wire_dtype=int8')
+        parse(f'--send={send} --latent_dim=5 --topk=0.2 --exact_local=False --wire_dtype=int8')
 
 
 def test_readme_names_only_flags_that_exist():
@@ -874,36 +913,41 @@ def test_learning_rate():
 
 def test_plan(capsys):
     """--plan against the numbers written out: 4 ranks, 2 layers of d = 32, 128 tokens, bf16."""
-    sizes = dict(block_size=128, n_chunks=8, n_layer=2, n_head=4, n_embd=32, rank=6)
+    sizes = dict(block_size=128, n_chunks=8, n_layer=2, n_head=4, n_embd=32, latent_dim=6,
+                 n_generators=0, guess='none')
     flags = dict(sizes, cp=4, batch_size=1000, wire_dtype='int4', grad_wire_dtype='compute',
                  sync_every=10, tflops=6e-4)  # full: forward waits for the wire, backward hides it
     assert train.main(['--plan', *(f'--{k}={v}' for k, v in flags.items())]) is None
-    rows = {row[0]: row[1:] for row in (
-        [cell.strip() for cell in line.strip('|').split('|')]
-        for line in capsys.readouterr().out.splitlines() if line.startswith('| '))}
+    said = capsys.readouterr().out
+    assert 'at 1000 Mbit/s' in said and max(map(len, said.splitlines())) <= 100
+    train.main(['--plan', '--link_mbps=300', *(f'--{k}={v}' for k, v in flags.items())])
+    said = capsys.readouterr().out
+    assert 'at 1000 Mbit/s' not in said
+    rows = dict(re.split('  +', line, maxsplit=1) for line in said.splitlines() if '   ' in line)
     n, bases = 128_000, 2 * 64 * 6  # tokens an iteration; numbers in the bases
     full, quarter = 2 * 2 * 32 * 2 * 3 / 4, 2 * 2 * 8 * 2 * 3 / 4  # a token: K and V, 2 layers
     n_plain = GPT(GPTConfig(**sizes)).get_num_params() - bases
     for name, fwd, bwd, n_params in (
-            ('`--send=full`', full, 2 * full, n_plain),
+            ('--send=full', full, 2 * full, n_plain),
             ('Ulysses', 2 * full / 4, 2 * full / 4, n_plain),
-            ('`--send=full --n_kv_head=1`', quarter, 2 * quarter, n_plain - 2 * 2 * 24 * 32),
-            ('**this configuration**', 2 * (3 + 2) * 3 / 4, 2 * 6 * 2 * 3 / 4, n_plain + bases)):
+            ('--send=full --n_kv_head=1', quarter, 2 * quarter, n_plain - 2 * 2 * 24 * 32),
+            ('this configuration', 2 * (3 + 2) * 3 / 4, 2 * 6 * 2 * 3 / 4, n_plain + bases)):
         sync = (n_params + 256 * 32) * 4 * 2 * 0.75 / 10
-        assert rows[name][:2] == [f'{n * (fwd + bwd) / 1e6:,.1f}', f'{sync / 1e6:,.1f}'], name
         fwd_s, bwd_s, sync_s = (x * 8 / 300e6 for x in (n * fwd, n * bwd, sync))
-        assert rows[name][2] == f'{fwd_s + bwd_s:,.2f} + {sync_s:,.2f} s', name
         a, rest = (x * n / 4 / 6e8 for x in (6 * 2 * 32 * 128, 6 * n_params))  # seconds
         hidden = max(a * 2 / 7, fwd_s + a * 2 / 28) + max(a * 5 / 7, bwd_s + a * 5 / 28)
         seconds = rest + (a + fwd_s + bwd_s if name == 'Ulysses' else hidden)
-        assert rows[name][3] == f'{n / (seconds + sync_s):,.0f}', name
+        assert rows[name].split()[:5] == [
+            f'{n * (fwd + bwd) / 1e6:,.1f}', f'{sync / 1e6:,.1f}', f'{fwd_s + bwd_s:,.2f}',
+            f'{sync_s:,.2f}', f'{n / (seconds + sync_s):,.0f}'], name
 
 
 def test_plan_says_from_where_on_it_pays():
     c, _ = train.parse_config(['--preset=800m', '--block_size=132096', '--wire_dtype=int4'])
     e = train.Estimate(c, 8)
     n = e.hidden_from(300)
-    assert e.speed(n - 1, 300) < train.ENOUGH <= e.speed(n, 300)
+    speed = [e.seconds(n) / e.seconds(n, 300) for n in (n - 1, n)]
+    assert speed[0] < train.ENOUGH <= speed[1]
 
 
 # -----------------------------------------------------------------------------
@@ -912,7 +956,8 @@ def test_plan_says_from_where_on_it_pays():
 SMALL = ('--block_size=128 --n_chunks=8 --n_layer=2 --n_head=2 --n_embd=32 --batch_size=1 '
          '--warm_start=3 --max_iters=12 --lr_decay_iters=12 --eval_interval=6 --eval_iters=2 '
          '--log_interval=1 --sample_tokens=0 --gradient_accumulation_steps=4 --dtype=float64 '
-         '--warmup_iters=2 --rank=6 --wire_dtype=compute --device=cpu').split()
+         '--warmup_iters=2 --latent_dim=6 --wire_dtype=compute --device=cpu --learning_rate=2e-3 '
+         '--min_lr=2e-4').split()
 
 
 def small_run(out_dir, *argv):
@@ -920,7 +965,8 @@ def small_run(out_dir, *argv):
 
 
 def read_log(folder, configs=False):
-    records = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    records = [json.loads(line, parse_constant=pytest.fail)
+               for line in (folder / 'log.jsonl').read_text().splitlines()]
     return [r for r in records if ('config' in r) == configs]
 
 
@@ -997,7 +1043,7 @@ def test_log_and_falling_loss(reference_run):
     records = read_log(folder)
     assert records == result['records'] and [r['iter'] for r in records] == list(range(13))
     first = json.loads((folder / 'log.jsonl').read_text().splitlines()[0])
-    assert first['iter'] == 0 and first['config']['rank'] == 6 and len(first['config']) > 60
+    assert first['iter'] == 0 and first['config']['latent_dim'] == 6 and len(first['config']) > 60
     assert [r['iter'] for r in records if 'val_loss' in r] == [0, 6, 12]
     ways = {f'{way}_{phase}' for way in ('sent', 'received') for phase in ('fwd', 'bwd', 'sync')}
     assert set(records[1]) == ways | {'iter', 'loss', 'lr', 'grad_norm', 'tokens', 'seconds',
@@ -1009,7 +1055,7 @@ def test_log_and_falling_loss(reference_run):
 
 
 def test_needle_is_found_through_the_compressor_alone(tmp_path, capfd):
-    argv = '--preset=needle', '--device=cpu', f'--out_dir={tmp_path}'
+    argv = '--preset=needle', '--device=cpu', '--recompute', f'--out_dir={tmp_path}'
     blind = train.main([*argv, '--send=local', '--max_iters=100'])['val_loss']
     assert abs(blind - np.log(train.N_VALUES)) < 0.05
     ours = train.main(argv)['records'][-1]['val_loss_by_chunk']
@@ -1053,7 +1099,7 @@ def test_optimizer_options(tmp_path):
     records = small_run(tmp_path, '--grad_clip=1e-12')['records']
     assert records[11]['loss'] > records[0]['loss'] - 0.1
     argv = '--warm_start=0', '--max_iters=1', '--weight_decay=0'
-    still, moved = (small_run(tmp_path, *argv, f'--basis_lr={x}') for x in (0, 0.5))
+    still, moved = (small_run(tmp_path, *argv, f'--codec_lr={x}') for x in (0, 0.5))
     step = (moved['model'].bases[0].U0 - still['model'].bases[0].U0).abs().max().item()
     assert abs(step / moved['records'][0]['lr'] - 0.5) < 1e-3  # AdamW's first is the learning rate
 
@@ -1416,7 +1462,7 @@ SOMETIMES = {
     'joint_kv': (True, False), 'basis': ('fixed', 'rotated', 'learned'), 'rank_k': (1, 2, 30),
     'generator': ('frobenius', 'spectral'), 'n_generators': (1, 2), 'theta_clip': (0.0, 0.5),
     'topk': (0.05, 0.5, 1.0), 'compress_last': (True, False), 'unplug_at': (0, 1),
-    'warm_basis': ('activations', 'weights'), 'basis_lr': (0.1, 1.0),
+    'warm_basis': ('activations', 'weights'), 'codec_lr': (0.1, 1.0),
     'warm_send': ('local', 'full')}
 
 

@@ -141,7 +141,7 @@ def fail(message):
     if (local_rank := int(os.environ.get('LOCAL_RANK', 0))) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(2)
-    sys.exit('train.py: ' + f'rank {os.environ["RANK"]}: ' * (local_rank > 0) + str(message))
+    sys.exit('train.py: ' + f'rank {os.environ.get("RANK")}: ' * (local_rank > 0) + str(message))
 
 
 def parse_flags(argv):
@@ -536,12 +536,16 @@ class World:
         self.can_graph = self.device.type == 'cuda' and self.world_size == n == 1
         link, self.store = Link(c.link_mbps, c.latency_ms), None
         self.ring = Rehearsal(self.cp, link) if c.rehearse else Ring(link=link)
+        self.width = len(str(c.max_iters))
         self.terminated = self.stopping = False  # this process was told to end; all know of it
 
     def say(self, text):
         if self.master and text:
             tqdm.write(text)
             sys.stdout.flush()
+
+    def tell(self, iter_num, text):
+        self.say(f'iter {iter_num:>{self.width}}: {text}')
 
     def pick_device(self, wanted):
         n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -739,7 +743,7 @@ def change_send(c, model, batches, world, iter_num):
     what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed',
             'topk': f'the codec starts, the largest {c.topk:.0%} of {n} numbers a token and layer',
             'mixture': f'the codec starts, {c.latent_dim} of {n} numbers a token and layer'}
-    world.say(f'iter {iter_num}: {what[model.sends]}' + '; compiling ...' * c.compile)
+    world.tell(iter_num, what[model.sends] + '; compiling ...' * c.compile)
     if c.compile and world.can_graph:
         with world.autocast:
             return graphed(model, *batches.training(iter_num, 0))
@@ -795,7 +799,7 @@ def validate_and_save(c, model, optimizer, batches, world, at, first_iter):
     counted, world.ring.meter = world.ring.meter, Counter()  # none of its bytes count
     val_loss, by_chunk, right = validate(model, batches, world)
     answers = f', {right:.1%} right answers (chance: {1 / N_VALUES:.1%})' * (c.data == 'needle')
-    world.say(f'iter {at.iter_num:>{len(str(c.max_iters))}}: val loss {val_loss:.4f}{answers}')
+    world.tell(at.iter_num, f'val loss {val_loss:.4f}{answers}')
     best, at.best_val_loss = val_loss < at.best_val_loss, min(at.best_val_loss, val_loss)
     if at.iter_num > first_iter and math.isfinite(val_loss) and (best or c.always_save_checkpoint):
         save(c, model, optimizer, world, at)
@@ -891,19 +895,20 @@ def wire_record(step, since_logged, full):
     return {**record, 'compression': 1 - received / full if received else None}
 
 
-def log_line(c, record, dt, n_layer_tokens, model, world):
-    """-> what is said of an iteration, and of the wire. dt: seconds that an iteration takes."""
+def log_line(c, record, dt, model, world):
+    """What is said of an iteration. dt: seconds that one takes."""
     n_sequences = c.gradient_accumulation_steps * c.batch_size
     gpu = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else ''
     peak = world.world_size * next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), 0)
     mfu = f', mfu {model.estimate_mfu(n_sequences, dt, peak):5.1%}' if peak else ''
-    line = (f'iter {record["iter"]:>{len(str(c.max_iters))}}: loss {record["loss"]:.4f}, '
-            f'{dt * 1000:>6,.0f} ms, {n_sequences * c.block_size / dt:>9,.0f} tok/s{mfu}')
-    if record['compression'] is None:
-        return line, ''
+    return (f'loss {record["loss"]:.4f}, {dt * 1000:>6,.0f} ms, '
+            f'{n_sequences * c.block_size / dt:>9,.0f} tok/s{mfu}')
+
+
+def wire_line(record, n_layer_tokens):
     fwd, bwd = (record[f'received_{way}'] / n_layer_tokens for way in ('fwd', 'bwd'))
-    return line, (f', wire {fwd:.0f} + {bwd:.0f} B a token and layer, '
-                  f'{record["compression"]:.1%} less than full')
+    return (f'received {fwd:.0f} + {bwd:.0f} bytes a token and layer, forward + backward: '
+            f'{record["compression"]:.1%} less than uncompressed')
 
 
 def summarize(meter, full, world):
@@ -1013,7 +1018,7 @@ def train(c, model, optimizer, batches, world, log, at):
     """The loop. Returns what `main` does."""
     meter, params = world.ring.meter, [p for p in model.parameters() if p.requires_grad]
     first_iter, first_seconds, logged_at = at.iter_num, at.seconds, (at.iter_num, at.seconds)
-    loss, val_loss, loss_of, losses, said = math.nan, math.nan, None, [], ''
+    loss, val_loss, loss_of, losses, compression = math.nan, math.nan, None, [], None
     logged, n_skipped, in_a_row = Counter(), 0, 0
     # what a rank receives of others in an iteration, uncompressed: KV; KV again, and its gradient
     n_layer_tokens = c.n_layer * c.batch_size * world.n_micro * c.block_size * (world.cp - 1) // (
@@ -1071,9 +1076,11 @@ def train(c, model, optimizer, batches, world, log, at):
             record.update(loss=loss, lr=lr, grad_norm=grad_norm,
                           tokens=at.iter_num * batches.per_iter, seconds=round(at.seconds, 3),
                           skipped=n_skipped, **wire_record(meter - before, meter - logged, full))
-            line, wire = log_line(c, record, dt, n_layer_tokens, model, world)
-            world.say(line + wire * (wire != said))  # what has not changed is not repeated
-            logged, logged_at, said = Counter(meter), (at.iter_num, at.seconds), wire
+            world.tell(record['iter'], log_line(c, record, dt, model, world))
+            logged, logged_at = Counter(meter), (at.iter_num, at.seconds)
+            if record['compression'] not in (None, compression):  # said when it changes
+                compression = record['compression']
+                world.tell(record['iter'], wire_line(record, n_layer_tokens))
         if len(record) > 1:
             log.write(record)
     bar.close()
