@@ -3,6 +3,8 @@ Tests. The oracle is one process with one dense softmax in float64, differentiat
 every parallel path must equal it on every rank. Checks that need several processes run in one
 spawn for each world size (gloo, CPU); `pytest -k "every_rank and 2-"` selects those of two.
 """
+import fcntl
+import io
 import itertools
 import json
 import math
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -781,7 +784,7 @@ def test_readers(tmp_path, monkeypatch):
     tokens.tofile(plain)
     for i, part in enumerate((tokens[:400], tokens[400:])):
         header[:3] = 20240520, 1, len(part)
-        path = tmp_path / f'deep/{i}' * i / f'shard_{i}.bin'
+        path = tmp_path / ('deep/er' * i) / f'shard_{i}.bin'
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(header.tobytes() + part.tobytes())
     (tmp_path / 'shard_empty.bin').touch()
@@ -899,7 +902,7 @@ def test_flags():
 
 def test_readme_names_only_flags_that_exist():
     text = Path(__file__).with_name('README.md').read_text()
-    known = {*train.parse_flags([])[1], 'standalone', 'nproc_per_node', 'nnodes', 'node_rank',
+    known = {*train.DEFAULTS, 'standalone', 'nproc_per_node', 'nnodes', 'node_rank',
              'master_addr', 'master_port', 'max_restarts', 'help'}
     assert set(re.findall(r'--([a-z_0-9]+)', text)) <= known
 
@@ -1043,6 +1046,7 @@ def test_log_and_falling_loss(reference_run):
     records = read_log(folder)
     assert records == result['records'] and [r['iter'] for r in records] == list(range(13))
     first = json.loads((folder / 'log.jsonl').read_text().splitlines()[0])
+    assert [r['compression'] for r in records[:12]] == [None] * 12  # one process sends nothing
     assert first['iter'] == 0 and first['config']['latent_dim'] == 6 and len(first['config']) > 60
     assert [r['iter'] for r in records if 'val_loss' in r] == [0, 6, 12]
     ways = {f'{way}_{phase}' for way in ('sent', 'received') for phase in ('fwd', 'bwd', 'sync')}
@@ -1076,32 +1080,45 @@ def test_validation_reads_val_data_and_may_keep_only_the_best(tmp_path, monkeypa
     assert (tmp_path / 'ckpt.pt').exists()
 
 
-def test_life_of_the_codec(tmp_path, monkeypatch):
-    """Nothing is sent, the bases are set, subspaces, all is sent; also for what has no bases."""
-    life, forward, start = [], GPT.forward, mos_cp.Basis.start
+def test_life_of_the_codec(tmp_path, monkeypatch, capfd):
+    """
+    Nothing is sent, codecs start, they are sent, all is sent; also for what has nothing to start.
+    Each change is said, and what is sent belongs to the model that a checkpoint holds.
+    """
+    life, forward, start = [], GPT.forward, GPT.start_codecs
 
     def noting(self, *args, **kwargs):
-        life.append(type(self.h[0].attn.active_codec).__name__)
+        life.append(self.sends)
         return forward(self, *args, **kwargs)
     monkeypatch.setattr(GPT, 'forward', noting)
-    monkeypatch.setattr(mos_cp.Basis, 'start',
-                        lambda self, U0: (life.append('start'), start(self, U0)))
+    monkeypatch.setattr(GPT, 'start_codecs', lambda self, moments: (
+        life.append(f'start of {len(moments)} while {self.sends}'), start(self, moments)))
     argv = '--gradient_accumulation_steps=1', '--unplug_at=7', '--warm_basis=weights'
-    small_run(tmp_path, *argv)
-    assert life == ['NoneType'] * 3 + ['start'] * 2 + ['Subspace'] * 4 + ['Full'] * 5
+    run = small_run(tmp_path, *argv)
+    assert life == ['local'] * 3 + ['start of 2 while local'] + ['mixture'] * 4 + ['full'] * 5
+    said = re.findall(r'^iter +(\d+): (.*s sent|.*starts)', capfd.readouterr().out, re.MULTILINE)
+    assert said == [('0', 'nothing is sent'), ('3', 'the codec starts'), ('7', 'all is sent')]
+    life.clear()
+    checkpoint = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    model = GPT(GPTConfig(**checkpoint['model_args'])).double()  # as users of nanoGPT do
+    model.load_state_dict(checkpoint['model'])
+    x = torch.randint(256, (2, 128), generator=seeded(0))
+    assert_close(model(x, x)[1], run['model'](x, x)[1], 'loss')
+    assert model.sends == 'full' and life == ['full'] * 2
     life.clear()
     small_run(tmp_path, *argv, '--send=topk', '--warm_send=full')
-    assert life == ['Full'] * 3 + ['TopK'] * 4 + ['Full'] * 5
+    assert life == ['full'] * 3 + ['topk'] * 4 + ['full'] * 5
 
 
 def test_optimizer_options(tmp_path):
-    """Clipped far below AdamW's epsilon nothing moves; bases learn at a rate of their own."""
+    """Clipped far below AdamW's epsilon nothing moves; codecs learn at a rate of their own."""
     records = small_run(tmp_path, '--grad_clip=1e-12')['records']
     assert records[11]['loss'] > records[0]['loss'] - 0.1
     argv = '--warm_start=0', '--max_iters=1', '--weight_decay=0'
-    still, moved = (small_run(tmp_path, *argv, f'--codec_lr={x}') for x in (0, 0.5))
-    step = (moved['model'].bases[0].U0 - still['model'].bases[0].U0).abs().max().item()
-    assert abs(step / moved['records'][0]['lr'] - 0.5) < 1e-3  # AdamW's first is the learning rate
+    runs = [small_run(tmp_path, *argv, f'--codec_lr={x}') for x in (0, 0.5)]
+    still, moved = (next(run['model'].codecs[0].parameters()) for run in runs)
+    step = (moved - still).abs().max().item()
+    assert abs(step / runs[0]['records'][0]['lr'] - 0.5) < 1e-3  # AdamW's first is the learning rate
 
 
 def test_bf16_trains(tmp_path, reference_run):
@@ -1121,9 +1138,12 @@ def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
     records = read_log(tmp_path)
     assert_same_log(records, reference_run[1]['records'])
     n = 64 * 2 * 2 * 8  # tokens of the other rank, layers, sequences; bytes of a float64
-    assert [r['received_fwd'] + r['received_bwd'] for r in records[4:12]] == 8 * [2 * 6 * n]
+    numbers = 6 + GPTConfig().n_generators
+    assert [r['received_fwd'] + r['received_bwd'] for r in records[4:12]] == 8 * [2 * numbers * n]
     # K, V, K, V again and their gradients would have travelled
-    assert records[5]['compression'] == pytest.approx(1 - 2 * 6 / (3 * 2 * 32))
+    assert records[5]['compression'] == pytest.approx(1 - 2 * numbers / (3 * 2 * 32))
+    assert f'received {8 * numbers} + {8 * numbers} bytes a token and layer' in said[0]
+    assert re.search(r'^  total +[\d.,]+ +[\d.,]+$', said[0], re.MULTILINE)
 
 
 def report_meter(rank):
@@ -1149,9 +1169,10 @@ def test_weights_averaged_every_few_steps(reference_run, tmp_path):
     assert len(meters) == 1, meters
     validated = [[r['iter'] for r in records if 'val_loss' in r] for records in runs.values()]
     assert validated == [[0, 4, 8, 12], [0, 12]]
-    weights = 8 * sum(p.numel() for p in reference_run[1]['model'].parameters())
-    # moments of keys and values, two layers; and the bases they give, from rank 0
-    moments = 2 * 64 * 64 * 8 + 2 * 64 * 6 * 8
+    model = reference_run[1]['model']
+    # with each average of weights goes a number, whether to stop
+    weights = 8 * (1 + sum(p.numel() for p in model.parameters() if p.requires_grad))
+    moments = 8 * sum(m.numel() for m in model.moments())  # for the codecs' start
     assert [r['received_sync'] for r in runs[12][:-1]] == [
         0, 0, 0, moments, weights, 0, 0, 0, weights, 0, 0, 0]
     records, expected = runs[12], reference_run[1]['records']
@@ -1166,6 +1187,8 @@ def test_resume_is_bit_equal(reference_run, tmp_path, capfd):
     small_run(tmp_path, '--max_iters=6')
     with open(tmp_path / 'log.jsonl', 'a') as f:  # a foreign hand; and as a killed run leaves it
         f.write('[1]\n{"epoch": 3}\nnot JSON\n{"iter": 7, "lo')
+    with open(tmp_path / 'log.jsonl', 'ab') as f:
+        f.write(b'\xff\n')
     defaults = '--n_ff=0', '--vocab_size=0', '--n_kv_head=0'  # spelt out
     resumed, expected = small_run(tmp_path, '--init_from=resume', *defaults), reference_run[1]
     assert_same_log(read_log(tmp_path), expected['records'])
@@ -1175,8 +1198,8 @@ def test_resume_is_bit_equal(reference_run, tmp_path, capfd):
     assert 'raise --max_iters' not in capfd.readouterr().out
     small_run(tmp_path, '--init_from=resume')
     assert 'at iteration 12 of 12; to go on, raise --max_iters' in capfd.readouterr().out
-    weights = expected['model'].state_dict()
-    for name, a in resumed['model'].state_dict().items():
+    weights = dict(expected['model'].named_parameters())
+    for name, a in resumed['model'].named_parameters():
         assert torch.equal(a, weights[name]), name
     for flag, saved in (('--n_embd=64', 32), ('--preset=124m', 'tiny')):
         with pytest.raises(SystemExit, match=f'{flag} differs from the checkpoint, .* {saved}'):
@@ -1278,20 +1301,24 @@ def slow_disk(rank):
         time.sleep(7 * (checkpoint['iter_num'] < 5)), save(path, checkpoint))
 
 
-@pytest.mark.parametrize('argv', ('--eval_interval=3', '--eval_interval=4 --sync_every=4'))
-def test_resume_after_a_kill_is_bit_equal(tmp_path, argv):
+@pytest.mark.parametrize('how, argv', (
+    (signal.SIGKILL, '--eval_interval=3'), (signal.SIGKILL, '--eval_interval=4 --sync_every=4'),
+    (signal.SIGTERM, '--eval_interval=9'), (signal.SIGTERM, '--eval_interval=8 --sync_every=4')))
+def test_resume_after_a_kill_is_bit_equal(tmp_path, how, argv):
     """
     kill -9 of a rank, then --init_from=auto: the losses that follow are those of a run that nobody
     killed, syncs, moments and rounding at random included. On the way the disk is slow once: slower
-    than a silent peer is waited for.
+    than a silent peer is waited for. kill: all save a last checkpoint.
     """
     argv = [*SMALL, '--timeout_s=5', '--wire_dtype=int8', '--init_from=auto', *argv.split()]
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     assert run_two(whole, *argv, sabotage=(slow_disk,))[0] == [0, 0]
-    kill = end_at, 1, ('Ring', 'exchange', 'bwd'), 44, signal.SIGKILL
-    assert run_two(killed, *argv, sabotage=kill)[0] == [1, -signal.SIGKILL]
+    kill = end_at, 1, ('Ring', 'exchange', 'bwd'), 44 if how == signal.SIGKILL else 20, how
+    codes, said = run_two(killed, *argv, sabotage=kill)
+    assert codes == ([1, -how] if how == signal.SIGKILL else [128 + how] * 2), said
     assert max(losses(killed)) < 11
-    assert train.load_checkpoint(killed / 'ckpt.pt')['iter_num'] in (6, 8)
+    n = train.load_checkpoint(killed / 'ckpt.pt')['iter_num']
+    assert n in (6, 8) if how == signal.SIGKILL else n == max(losses(killed)) + 1
     assert run_two(killed, *argv)[0] == [0, 0]
     assert losses(killed) == losses(whole) and len(losses(whole)) == 12
 
@@ -1336,6 +1363,17 @@ def lose_steps(rank, iterations):
     train.average = spoiling
 
 
+def lose_losses(rank, iterations):
+    """Rank 1's loss is not finite in some iterations."""
+    step = train.take_step
+
+    def spoiled(c, optimizer, params, loss_of, batches, world, iter_num):
+        lost = rank == 1 and iter_num in iterations
+        return step(c, optimizer, params, lambda *batch: loss_of(*batch) * (math.nan if lost else 1),
+                    batches, world, iter_num)
+    train.take_step = spoiled
+
+
 def test_steps_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
     """Rank 1 alone has an infinite gradient in iterations 4 and 5; ten in a row are too many."""
     folder = tmp_path / 'two'
@@ -1350,6 +1388,20 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, 'get_total_norm', lambda grads: nan)
     with pytest.raises(SystemExit, match='no finite gradient in 10 steps'):
         small_run(tmp_path)
+    assert [r['loss'] for r in read_log(tmp_path) if 'loss' in r] == [None] * 9  # JSON has no NaN
+
+
+@pytest.mark.parametrize('iterations, code', (((0, 1), 0), ((2, 3), 0), (range(12), 1)))
+def test_steps_that_only_one_rank_skips(tmp_path, iterations, code):
+    """With --sync_every the others go on; a rank that skips all steps of a weight can be saved."""
+    argv = *SMALL, '--sync_every=2', '--eval_interval=2', '--cp=1'
+    codes, said = run_two(tmp_path, *argv, sabotage=(lose_losses, iterations))
+    assert codes[1] == code and codes[0] in (0, code), said
+    assert 'Traceback' not in said[1]
+    assert ('rank 1: no finite gradient in 10 steps' in said[1]) == bool(code), said
+    if not code:
+        states = train.load_checkpoint(tmp_path / 'ckpt.pt')['optimizer']['state']
+        assert {s['step'].item() for s in states.values()} == {9.0, 12.0}  # codecs; the rest
 
 
 def differ(rank, what):
@@ -1367,7 +1419,7 @@ def differ(rank, what):
 @pytest.mark.parametrize('what, message', (
     ('torch', r'rank 1 has torch 0\.0, and rank 0 has'),
     ('--data=needle', 'rank 1 has training data with checksum 0, and rank 0 has'),
-    ('checkpoint', 'rank 1 has checkpoint iteration 20, best loss 3.*, and rank 0 has none'),
+    ('checkpoint', 'rank 1 has checkpoint iteration 20, best loss 3.*, and rank 0 has None'),
     ('--seed=2', 'rank 1 has --seed 2, and rank 0 has 1337: they must be the same')))
 def test_ranks_that_disagree_are_named(tmp_path, what, message):
     codes, said = run_two(tmp_path, *SMALL, sabotage=(differ, what))
@@ -1379,12 +1431,17 @@ def test_a_loopback_address_is_refused_on_several_machines(monkeypatch):
     def no_network(*args, **kwargs):
         raise RuntimeError('no network')
     monkeypatch.setattr(dist, 'rendezvous', no_network)
+    for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(train, 'address_of', lambda n: n if n == '10.9.0.1' else '127.0.0.1')
     monkeypatch.delenv('GLOO_SOCKET_IFNAME', raising=False)
-    for name, value in dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='2',
-                            MASTER_ADDR='10.9.0.1').items():
-        monkeypatch.setenv(name, value)
     c, _ = train.parse_config(['--device=cpu'])
+    for name, value in dict(WORLD_SIZE='2', LOCAL_RANK='0', RANK='0', MASTER_ADDR='10.9.0.1',
+                            MASTER_PORT='1').items():
+        if 'WORLD_SIZE' in os.environ and name != 'LOCAL_RANK':
+            with pytest.raises(ValueError, match=f'WORLD_SIZE is 2 and {name} is not set'):
+                train.World(c)
+        monkeypatch.setenv(name, value)
     for n_local, message in ((1, r'tell them 127\.0\.0\.1, .* GLOO_SOCKET_IFNAME'),
                              (2, r'does not reach the others \(no network\)')):
         monkeypatch.setenv('LOCAL_WORLD_SIZE', str(n_local))
@@ -1417,20 +1474,62 @@ def test_killed_while_saving(tmp_path):
         path.unlink()
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, capfd):
-    small_run(tmp_path, '--max_iters=6')
-    path, (soft, hard) = tmp_path / 'ckpt.pt', resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = path.read_bytes()
-    # Python ignores the signal: writing more fails
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+@contextmanager
+def full_disk(size):
+    """No file can grow beyond so many bytes. (Python ignores the signal: writing more fails.)"""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        result = small_run(tmp_path, '--init_from=resume', '--max_iters=12')
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert result['iter_num'] == 12 and path.read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, capfd):
+    """Neither it nor the log loses what they had; the log has whole lines, also afterwards."""
+    small_run(tmp_path, '--max_iters=6')
+    path, log = tmp_path / 'ckpt.pt', tmp_path / 'log.jsonl'
+    before = path.read_bytes(), log.read_bytes()
+    with full_disk(1000), pytest.raises(SystemExit, match=r'log.jsonl cannot be .*\(File too large'):
+        small_run(tmp_path, '--init_from=resume')
+    assert (path.read_bytes(), log.read_bytes()) == before
+    with full_disk(20_000):
+        result = small_run(tmp_path, '--init_from=resume', '--max_iters=12')
+    assert result['iter_num'] == 12 and path.read_bytes() == before[0]
     assert not list(tmp_path.glob('*.tmp'))
     sentence = 'could not write .*ckpt.pt .*; the checkpoint before it is untouched'
     assert re.search(sentence, capfd.readouterr().err)
+    said, (c, _) = read_log(tmp_path), train.parse_config([f'--out_dir={tmp_path}'])
+    log = train.Log(c, train.World(c), 12)
+    with full_disk(log.path.stat().st_size + 5):
+        log.write({'iter': 12})
+    assert 'could not write' in capfd.readouterr().err
+    log.write({'iter': 13})
+    assert read_log(tmp_path) == [r for r in said if r['iter'] < 12] + [{'iter': 13}]
+
+
+def test_out_dir(tmp_path, monkeypatch, capfd):
+    """~ is a home; one run at a time; a read-only one can be evaluated; any name, any terminal."""
+    monkeypatch.setenv('HOME', str(tmp_path))
+    folder = tmp_path / 'caf\udce9'  # in Latin-1
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding='cp1252')
+    monkeypatch.setattr(sys, 'stdout', stdout)
+    small_run('~/' + folder.name, '--sample_tokens=20', '--prompt=caf\udce9')
+    stdout.flush()
+    assert b'caf\\udce9' in stdout.buffer.getvalue() and b'--- sample' in stdout.buffer.getvalue()
+    monkeypatch.undo()
+    before = (folder / 'log.jsonl').read_bytes()
+    argv = '--init_from=resume', '--eval_only'
+    fd = os.open(folder, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    with pytest.raises(SystemExit, match='another run writes to out_dir'):
+        small_run(folder, *argv)
+    os.close(fd)
+    monkeypatch.setattr(os, 'access', lambda *args: False)
+    assert small_run(folder, *argv)['iter_num'] == 12
+    assert (folder / 'log.jsonl').read_bytes() == before
+    small_run(tmp_path, '--rehearse=2', '--eval_only', '--link_mbps=9', '--max_iters=4')
+    assert 'of the initial weights' in capfd.readouterr().out
 
 
 def test_bad_checkpoints_are_refused(reference_run, tmp_path):
@@ -1459,8 +1558,9 @@ def test_bad_checkpoints_are_refused(reference_run, tmp_path):
 SOMETIMES = {
     'n_kv_head': (1, 2), 'wire_dtype': ('compute', 'bf16', 'int8', 'int4'),
     'grad_wire_dtype': ('compute', 'compute', 'int8', 'int4'), 'exact_local': (True, False),
-    'joint_kv': (True, False), 'basis': ('fixed', 'rotated', 'learned'), 'rank_k': (1, 2, 30),
-    'generator': ('frobenius', 'spectral'), 'n_generators': (1, 2), 'theta_clip': (0.0, 0.5),
+    'joint_kv': (True, False), 'subspace': ('frozen', 'learned'), 'latent_dim_k': (1, 2, 30),
+    'theta': ('token', 'chunk'), 'guess': mos_cp.CHOICES['guess'], 'n_generators': (0, 1, 2),
+    'generator_norm': ('frobenius', 'spectral'), 'theta_clip': (0.0, 0.5),
     'topk': (0.05, 0.5, 1.0), 'compress_last': (True, False), 'unplug_at': (0, 1),
     'warm_basis': ('activations', 'weights'), 'codec_lr': (0.1, 1.0),
     'warm_send': ('local', 'full')}
@@ -1476,11 +1576,11 @@ def random_configuration(rng):
     flags = dict(
         n_layer=one(1, 2, 3), n_head=one(1, 2, 4), n_embd=one(16, 32),
         n_chunks=one(one(2, 4, 6, 8), *3 * [2 * world_size // dp * one(1, 2, 3)]),
-        send=one('full', 'local', 'topk', *4 * ['subspace']), cp=cp, warm_start=one(0, 0, 1),
+        send=one('full', 'local', 'topk', *4 * ['mixture']), cp=cp, warm_start=one(0, 0, 1),
         batch_size=one(1, 2), gradient_accumulation_steps=one(1, dp, 2 * dp),
         sync_every=one(1, 1, 1, 2), recompute=one(True, False), data=one('stdlib', 'needle'),
         grad_clip=one(0.0, 1.0), link_mbps=one(0.0, 0.0, 1000.0), latency_ms=one(0.0, 0.0, 1.0),
-        rank=one(3, 8, 16, 40))
+        latent_dim=one(3, 8, 16, 40))
     flags['block_size'] = flags['n_chunks'] * one(1, 2, 3, 5)
     flags.update({name: one(*choices) for name, choices in SOMETIMES.items()
                   if rng.random() < 0.3})
@@ -1508,12 +1608,12 @@ def test_fuzz(seed, tmp_path):
         assert not (many / 'log.jsonl').exists(), what  # before anything was sent
         return
     assert isinstance(alone, dict), (what, alone)
-    found, default = losses(many), 'int4' if flags['send'] == 'subspace' else 'compute'
+    found, default = losses(many), 'int4' if flags['send'] == 'mixture' else 'compute'
     gradient = flags.get('grad_wire_dtype', flags.get('wire_dtype', default))
     # after the first step as well as before it
     exact = flags['sync_every'] == 1 and gradient == 'compute' and not (
         # so few tokens span fewer directions than asked for; a rotation mixes the others in
-        flags['warm_start'] and flags.get('basis') == 'rotated')
+        flags['warm_start'] and flags['send'] == 'mixture')
     assert found[0] == pytest.approx(alone[0], rel=1e-9), what
     assert found[1] == pytest.approx(alone[1], rel=1e-9 if exact else 0.05), what
 

@@ -972,7 +972,8 @@ def set_up(argv, at_end):
         at = {k: checkpoint[k] for k in STATE} if checkpoint else STATE
         world.join(c, {  # what all ranks must agree on
             **{f'--{k}': v for k, v in vars(c).items() if k not in ('out_dir', 'data', 'val_data')},
-            'torch': torch.__version__, 'checkpoint': at,
+            'torch': torch.__version__, 'checkpoint': checkpoint and 'iteration {iter_num}, best '
+            'loss {best_val_loss:.4f}, {seconds:.1f} s'.format(**at),
             'training data with checksum': fingerprint(batches.train),
             'validation data with checksum': fingerprint(batches.val)})
         model, optimizer = build(c, world, checkpoint)
