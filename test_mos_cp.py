@@ -757,7 +757,8 @@ def test_only_matrices_decay(basis):
 def test_needle_batch():
     """Each key is stated once and asked for once, with the value stated, on another rank."""
     n = 8  # chunks of 6 tokens
-    x, y = train.needle_batch(3, 48, n, np.random.default_rng(0))
+    x, y = train.needle_batch(SimpleNamespace(batch_size=3, block_size=48, n_chunks=n),
+                              np.random.default_rng(0))
     stated, asked, answers = x[:, :24], x[:, 24:] - 24 * train.N_VALUES, y[:, 24:]
     assert (y[:, :24] == -1).all()
     for s, a, v in zip(stated, asked, answers):
@@ -794,7 +795,8 @@ def test_readers(tmp_path, monkeypatch):
     shards, val = load(pattern, plain)
     shards.sort(key=len)
     assert np.array_equal(np.concatenate(shards), tokens) and len(val) == 1
-    x, y = train.get_batch(shards, 64, 50, 1000, rng)
+    c = SimpleNamespace(batch_size=64, block_size=50)
+    x, y = train.get_batch(c, shards, 1000, rng)
     assert x.shape == (64, 50) and torch.equal(x + 1, y)  # no window crosses into the next shard
     assert x[:, 0].min() < 300 and x[:, 0].max() > 600
     first, last = load(plain)
@@ -819,7 +821,7 @@ def test_readers(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r'below the length of the training data \(600 tokens'):
         load(pattern, plain, 600)
     with pytest.raises(ValueError, match=r'the data has token \d+, outside vocab_size \(500\)'):
-        train.get_batch(shards, 64, 50, 500, rng)
+        train.get_batch(c, shards, 500, rng)
     same, flipped = list(shards), [np.flip(s) for s in shards]
     assert train.fingerprint(shards) == train.fingerprint(same) != train.fingerprint(flipped)
 

@@ -36,7 +36,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import kernels
 from mos_cp import CHOICES, GPT, GPTConfig, Loss, check, graphed
@@ -129,6 +128,7 @@ HERE_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'r
 
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, datasheets, for the MFU
 STATE = {'iter_num': 0, 'best_val_loss': math.inf, 'seconds': 0.0}  # of a run, and at its start
+YES_NO = {'true': True, '1': True, 'false': False, '0': False}
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run stops
 GPT2_VOCABULARY = 50304  # rounded up to a multiple of 64
 
@@ -153,18 +153,17 @@ def parse_flags(argv):
         group, source = parser.add_argument_group(config.__name__), inspect.getsource(config)
         for name, meaning in re.findall(r'^    (\w+): .*?  # (.*)$', source, re.MULTILINE):
             kind = config.__annotations__[name]
-            how = dict(type=kind, choices=CHOICES.get(name))
-            if kind is bool:
-                how = dict(type=lambda text: {'true': True, 'false': False}.get(text.lower(), text),
-                           choices=(True, False), nargs='?', const=True)
+            how = dict(type=kind, choices=CHOICES.get(name)) if kind is not bool else dict(
+                type=lambda text: YES_NO.get(text.lower(), text), choices=YES_NO.values(),
+                nargs='?', const=True)
             group.add_argument('--' + name, metavar=kind.__name__.upper(), **how,
                                help=f'{meaning} [{DEFAULTS[name]}]'.replace('%', '%%'))
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split('=')[0]
         near = difflib.get_close_matches(key.lstrip('-'), DEFAULTS, n=1, cutoff=0)[0]
-        fail(f'unknown argument {key}' + (f'; the nearest flag is --{near}' if key[0] == '-' else
-                                          ': flags only, --key=value'))
+        fail(f'unknown argument {key}' + (f'; the nearest flag is --{near}' if key.startswith('-')
+                                          else ': flags only, --key=value'))
     return vars(given)
 
 
@@ -213,11 +212,11 @@ def paper_latent_dim(config):
 
 
 def model_config(c):
-    vocab_size = c.vocab_size or (GPT2_VOCABULARY if c.data.endswith(('.bin', '.npy')) else 256)
+    vocab_size = c.vocab_size or (GPT2_VOCABULARY if c.data.endswith('.bin') else 256)
     if c.data == 'needle':
         vocab_size = c.block_size // 2 * (N_VALUES + 1)
     sizes = {name: getattr(c, name) for name in MODEL_FLAGS}
-    return GPTConfig(**{**sizes, 'vocab_size': vocab_size})
+    return GPTConfig(**sizes | {'vocab_size': vocab_size})
 
 
 def check_values(c):
@@ -332,16 +331,16 @@ def fingerprint(shards):
     return crc
 
 
-def get_batch(shards, batch_size, block_size, vocab_size, rng):
+def get_batch(c, shards, vocab_size, rng):
     """
     Random windows, uniform over all starting points -> idx, targets (batch_size, block_size) int64.
     Raises ValueError if they have a token outside the vocabulary.
     """
-    before = np.cumsum([0, *(max(0, len(s) - block_size) for s in shards)])  # starting points
+    before = np.cumsum([0, *(max(0, len(s) - c.block_size) for s in shards)])  # starting points
     rows = []
-    for position in rng.integers(before[-1], size=batch_size):
-        shard = np.searchsorted(before, position, side='right') - 1
-        rows.append(shards[shard][position - before[shard]:][:block_size + 1].astype(np.int64))
+    for position in rng.integers(before[-1], size=c.batch_size):
+        i = np.searchsorted(before, position, side='right') - 1
+        rows.append(shards[i][position - before[i]:][:c.block_size + 1].astype(np.int64))
     rows = torch.from_numpy(np.stack(rows))
     check(rows.max() < vocab_size,
           f'the data has token {rows.max()}, outside vocab_size ({vocab_size})', 'vocab_size')
@@ -351,19 +350,18 @@ def get_batch(shards, batch_size, block_size, vocab_size, rng):
 N_VALUES = 8  # of a needle: chance is a loss of log(8) = 2.08
 
 
-def needle_batch(batch_size, block_size, n_chunks, rng):
+def needle_batch(c, rng):
     """
-    --data=needle: how far back can the model look things up? -> idx, targets
-    (batch_size, block_size) int64.
+    --data=needle -> idx, targets (batch_size, block_size) int64.
 
     The first half of a sequence states facts, each a token of its own that says key and value; no
     key comes twice. The second half asks for each key once, and the target is its value; there are
-    no other targets. A chunk of the second half asks, in another order, for what one chunk of the
-    first half states; with two ranks or more that lies on another rank, and from its own chunk
-    there is nothing to be learned.
+    no other targets. A chunk of the second half asks for what one chunk of the first half states;
+    with two ranks or more that lies on another one.
     """
-    n_keys, shape = block_size // 2, (batch_size, n_chunks // 2, block_size // n_chunks)
-    keys = rng.permuted(np.broadcast_to(np.arange(n_keys), (batch_size, n_keys)), axis=1)
+    B, n_keys, n_chunks = c.batch_size, c.block_size // 2, c.n_chunks
+    shape = B, n_chunks // 2, c.block_size // n_chunks
+    keys = rng.permuted(np.broadcast_to(np.arange(n_keys), (B, n_keys)), axis=1)
     keys, values = keys.reshape(shape), rng.integers(N_VALUES, size=shape)
     order = rng.permuted(np.broadcast_to(np.arange(shape[2]), shape), axis=2)
     # zigzag puts chunk i and its mirror image on one rank: ask a quarter of the sequence further on
@@ -371,7 +369,7 @@ def needle_batch(batch_size, block_size, n_chunks, rng):
                       for t in (keys, values))
     x = np.concatenate((keys * N_VALUES + values, n_keys * N_VALUES + asked), axis=1)
     y = np.concatenate((np.full(shape, -1), answers), axis=1)
-    return tuple(torch.from_numpy(t.reshape(batch_size, block_size)) for t in (x, y))
+    return tuple(torch.from_numpy(t.reshape(B, -1)) for t in (x, y))
 
 
 class Batches:
@@ -387,8 +385,7 @@ class Batches:
         """-> idx, targets (batch_size, block_size)"""
         c, rng = self.c, np.random.default_rng(seed)
         try:
-            batch = (get_batch(shards, c.batch_size, c.block_size, self.vocab_size, rng) if shards
-                     else needle_batch(c.batch_size, c.block_size, c.n_chunks, rng))
+            batch = get_batch(c, shards, self.vocab_size, rng) if shards else needle_batch(c, rng)
         except ValueError as e:  # perhaps of this rank alone
             fail(e)
         if self.world.device.type == 'cuda':
@@ -504,8 +501,7 @@ def address_of(name):
 class World:
     """
     This process among world_size = dp x cp ranks, of which n_processes are real (in a rehearsal
-    one). The ranks of a ring are neighbours and see the same sequences. Until `join` nothing is
-    sent.
+    one). The ranks of a ring are neighbours and see the same sequences.
     """
 
     def __init__(self, c):
@@ -536,13 +532,11 @@ class World:
         self.can_graph = self.device.type == 'cuda' and self.world_size == n == 1
         link, self.store = Link(c.link_mbps, c.latency_ms), None
         self.ring = Rehearsal(self.cp, link) if c.rehearse else Ring(link=link)
-        self.width = len(str(c.max_iters))
-        self.terminated = self.stopping = False  # this process was told to end; all know of it
+        self.width, self.terminated, self.stopping = len(str(c.max_iters)), False, False
 
     def say(self, text):
         if self.master and text:
-            tqdm.write(text)
-            sys.stdout.flush()
+            print(text, flush=True)
 
     def tell(self, iter_num, text):
         self.say(f'iter {iter_num:>{self.width}}: {text}')
@@ -590,16 +584,11 @@ class World:
                 f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): '
                 f'has one stopped? Is {first} the first machine, its port open, and the network '
                 'interface named in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME?') from e
-        for other, theirs in enumerate(everyone):
-            for name, value in theirs.items():
-                if value != everyone[0][name]:
-                    raise ValueError(f'rank {other} has {name} {value}, and rank 0 has '
-                                     f'{everyone[0][name]}: they must be the same')
+        for other, name in ((i, k) for i, theirs in enumerate(everyone) for k in theirs):
+            if everyone[other][name] != everyone[0][name]:
+                raise ValueError(f'rank {other} has {name} {everyone[other][name]}, and rank 0 has '
+                                 f'{everyone[0][name]}: they must be the same')
         self.ring = Ring(group, self.ring.link)
-
-    def terminate(self, *_):
-        """SIGTERM: a checkpoint at the end of this step or, with --sync_every, at the next sync."""
-        self.terminated = True
 
     def average(self, tensors):
         """`ring.average`; and if one of the processes was terminated, all learn it together."""
@@ -700,25 +689,6 @@ def build(c, world, checkpoint):
 
 
 @torch.no_grad()
-def validate(model, batches, world):
-    """
-    -> mean loss over fixed batches; that of each chunk of the sequence (None: no targets); share of
-    targets that are the likeliest token. Every rank takes part, a ring cannot have idle members.
-    """
-    n_chunks, ring = model.config.n_chunks, world.ring
-    sums = torch.zeros(3, n_chunks, dtype=torch.float64, device=world.device)
-    mine = zigzag(n_chunks, world.cp, ring.rank)
-    for x, y in batches.validation():
-        with world.autocast:
-            losses, right = model.evaluate(x, y)  # (B, T / cp)
-        each = torch.stack((losses.double(), ring.shard(y, model.config.chunk_size) != -1, right))
-        sums[:, mine] += each.unflatten(2, (len(mine), -1)).sum(dim=(1, 3))
-    total, count, n_right = ring.all_reduce(sums, 'validation').sum(dim=1).tolist()
-    by_chunk = [loss / n if n else None for loss, n, _ in sums.T.tolist()]
-    return total / count, by_chunk, n_right / count
-
-
-@torch.no_grad()
 def start_codecs(c, model, batches, world, iter_num):
     """The end of the warm start: codecs begin in principal directions, see --warm_basis."""
     model.set_send(c.warm_send)  # of the keys and values of such a model
@@ -794,17 +764,23 @@ def save(c, model, optimizer, world, at):
             world.store.wait([f'checkpoint {at.iter_num}'], timedelta(minutes=10))
 
 
-def validate_and_save(c, model, optimizer, batches, world, at, first_iter):
-    """-> what the log has of it."""
-    counted, world.ring.meter = world.ring.meter, Counter()  # none of its bytes count
-    val_loss, by_chunk, right = validate(model, batches, world)
-    answers = f', {right:.1%} right answers (chance: {1 / N_VALUES:.1%})' * (c.data == 'needle')
-    world.tell(at.iter_num, f'val loss {val_loss:.4f}{answers}')
-    best, at.best_val_loss = val_loss < at.best_val_loss, min(at.best_val_loss, val_loss)
-    if at.iter_num > first_iter and math.isfinite(val_loss) and (best or c.always_save_checkpoint):
-        save(c, model, optimizer, world, at)
-    world.ring.meter = counted
-    return {'val_loss': val_loss, 'val_loss_by_chunk': by_chunk}
+@torch.no_grad()
+def validate(c, model, batches, world):
+    """
+    -> what the log has: the mean loss over fixed batches, and that of each chunk of the sequence
+    (None: no targets). Every rank takes part, a ring cannot have idle members.
+    """
+    ring, config = world.ring, model.config
+    sums = torch.zeros(3, c.n_chunks, dtype=torch.float64, device=world.device)
+    mine = zigzag(c.n_chunks, world.cp, ring.rank)
+    for x, y in batches.validation():
+        with world.autocast:
+            losses, right = model.evaluate(x, y)  # (B, T / cp)
+        each = torch.stack((losses.double(), ring.shard(y, config.chunk_size) != -1, right))
+        sums[:, mine] += each.unflatten(2, (len(mine), -1)).sum(dim=(1, 3))
+    total, n, n_right = ring.all_reduce(sums, 'validation').sum(dim=1).tolist()
+    return {'val_loss': total / n, 'right_answers': n_right / n,
+            'val_loss_by_chunk': [loss / n if n else None for loss, n, _ in sums.T.tolist()]}
 
 
 class Log:
@@ -813,27 +789,32 @@ class Log:
     the configuration. `records` are those of this run.
     """
 
-    def __init__(self, c, world, iter_num):
+    def __init__(self, c, model, world, at):
         """Of a log that is there, records of iterations before this one stay. Raises OSError."""
-        self.path, self.records = Path(c.out_dir, 'log.jsonl'), []
+        self.c, self.model, self.world, self.records, self.compression = c, model, world, [], None
+        self.since = at.iter_num, at.seconds, Counter()  # the last line
+        # what a rank receives in an iteration uncompressed: KV; KV again, and its gradient
+        n = c.n_layer * c.batch_size * world.n_micro * c.block_size * (world.cp - 1) // world.cp
+        d = model.config.n_kv_head * model.config.head_dim
+        self.n_received, self.full = n, n * 3 * 2 * d * world.dtype.itemsize
+        self.path = Path(c.out_dir, 'log.jsonl')
         self.writes = world.master and not c.rehearse and os.access(c.out_dir, os.W_OK)
-        if not self.writes:
-            return
-        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-        before, temporary = math.inf if c.eval_only else iter_num, self.path.with_suffix('.tmp')
-        kept = [line + b'\n' for line in lines if self.is_before(line, before)]
-        try:
-            kept.append(self.line({'iter': iter_num, 'config': vars(c)}))
-            temporary.write_bytes(b''.join(kept))
-            os.replace(temporary, self.path)
-        except OSError as e:
-            temporary.unlink(missing_ok=True)
-            raise OSError(e.errno, e.strerror, self.path) from e
+        if self.writes:
+            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+            before, temporary = math.inf if c.eval_only else at.iter_num, self.path.with_suffix('.tmp')
+            kept = [line + b'\n' for line in lines if self.is_before(line, before)]
+            try:
+                temporary.write_bytes(
+                    b''.join(kept) + self.line({'iter': at.iter_num, 'config': vars(c)}))
+                os.replace(temporary, self.path)
+            except OSError as e:
+                temporary.unlink(missing_ok=True)
+                raise OSError(e.errno, e.strerror, self.path) from e
 
     @staticmethod
     def line(record):  # JSON has neither NaN nor infinity: null
-        return json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None)
-                          ).encode() + b'\n'
+        record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+        return json.dumps(record).encode() + b'\n'
 
     @staticmethod
     def is_before(line, iter_num):
@@ -841,6 +822,32 @@ class Log:
             return json.loads(line)['iter'] < iter_num
         except (ValueError, KeyError, TypeError):  # a killed run may have left half a line
             return False
+
+    def step(self, at, losses, before, **more):
+        """Say what there is to say since the last line, and -> it. before: the meter before a step"""
+        c, world, ring, i = self.c, self.world, self.world.ring, at.iter_num - 1
+        total = torch.tensor([sum(losses), len(losses)], dtype=torch.float64, device=world.device)
+        total, n = ring.all_reduce(total, 'the average of losses').tolist()
+        dt = (at.seconds - self.since[1]) / (at.iter_num - self.since[0])
+        n_sequences = c.gradient_accumulation_steps * c.batch_size
+        gpu = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else ''
+        peak = world.world_size * sum(flops for name, flops in PEAK_FLOPS.items() if name in gpu)
+        loss, tokens = total / n if n else math.nan, n_sequences * c.block_size  # one batch's jumps
+        world.tell(i, f'loss {loss:.4f}, {dt * 1000:>6,.0f} ms, {tokens / dt:>9,.0f} tok/s' + (
+            f', mfu {self.model.estimate_mfu(n_sequences, dt, peak):5.1%}' if peak else ''))
+        step, sync = ring.meter - before, ring.meter - self.since[2]
+        fwd, bwd = step['received_fwd'], step['received_bwd']
+        compression = 1 - (fwd + bwd) / self.full if fwd else None
+        if compression not in (None, self.compression):  # said when it changes
+            world.tell(i, f'received {fwd / self.n_received:.0f} + {bwd / self.n_received:.0f} bytes '
+                       'a token and layer, forward + backward: '
+                       f'{compression:.1%} less than uncompressed')
+            self.compression = compression
+        self.since = at.iter_num, at.seconds, Counter(ring.meter)
+        return {'loss': loss, **more, 'tokens': at.iter_num * tokens,
+                'seconds': round(at.seconds, 3), 'compression': compression,
+                **{k: step[k] for k in ('sent_fwd', 'received_fwd', 'sent_bwd', 'received_bwd')},
+                **{k: sync[k] for k in ('sent_sync', 'received_sync')}}
 
     def write(self, record):
         self.records.append(record)
@@ -885,30 +892,6 @@ def describe(c, model, batches, world):
     if c.rehearse:
         say(f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory and bytes. The '
             'losses mean nothing; nothing is validated or saved')
-
-
-def wire_record(step, since_logged, full):
-    """The bytes of a log line: of this iteration, and of syncs since the last line."""
-    record = {k: step[k] for k in ('sent_fwd', 'received_fwd', 'sent_bwd', 'received_bwd')}
-    record |= {k: since_logged[k] for k in ('sent_sync', 'received_sync')}
-    received = step['received_fwd'] + step['received_bwd']
-    return {**record, 'compression': 1 - received / full if received else None}
-
-
-def log_line(c, record, dt, model, world):
-    """What is said of an iteration. dt: seconds that one takes."""
-    n_sequences = c.gradient_accumulation_steps * c.batch_size
-    gpu = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else ''
-    peak = world.world_size * next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), 0)
-    mfu = f', mfu {model.estimate_mfu(n_sequences, dt, peak):5.1%}' if peak else ''
-    return (f'loss {record["loss"]:.4f}, {dt * 1000:>6,.0f} ms, '
-            f'{n_sequences * c.block_size / dt:>9,.0f} tok/s{mfu}')
-
-
-def wire_line(record, n_layer_tokens):
-    fwd, bwd = (record[f'received_{way}'] / n_layer_tokens for way in ('fwd', 'bwd'))
-    return (f'received {fwd:.0f} + {bwd:.0f} bytes a token and layer, forward + backward: '
-            f'{record["compression"]:.1%} less than uncompressed')
 
 
 def summarize(meter, full, world):
@@ -969,15 +952,15 @@ def set_up(argv, at_end):
         if c.compile and world.device.type == 'cpu' and (why := kernels.cannot_compile()):
             raise ValueError('--compile needs a C++ compiler that PyTorch can use, for example '
                              f'g++, and has none ({why}): install one, or leave out --compile')
-        at = {k: checkpoint[k] for k in STATE} if checkpoint else STATE
+        at = argparse.Namespace(**{k: (checkpoint or STATE)[k] for k in STATE})
         world.join(c, {  # what all ranks must agree on
             **{f'--{k}': v for k, v in vars(c).items() if k not in ('out_dir', 'data', 'val_data')},
             'torch': torch.__version__, 'checkpoint': checkpoint and 'iteration {iter_num}, best '
-            'loss {best_val_loss:.4f}, {seconds:.1f} s'.format(**at),
+            'loss {best_val_loss:.4f}, {seconds:.1f} s'.format(**vars(at)),
             'training data with checksum': fingerprint(batches.train),
             'validation data with checksum': fingerprint(batches.val)})
         model, optimizer = build(c, world, checkpoint)
-        log = Log(c, world, at['iter_num'])
+        log = Log(c, model, world, at)
     except ValueError as e:
         fail(e)
     except OSError as e:
@@ -985,9 +968,9 @@ def set_up(argv, at_end):
              'or --out_dir' + ', or raise ulimit -n' * (e.errno == errno.EMFILE))
     describe(c, model, batches, world)
     if checkpoint:
-        world.say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at["iter_num"]} of {c.max_iters}'
-                  + '; to go on, raise --max_iters' * (at['iter_num'] >= c.max_iters))
-    return c, model, optimizer, batches, world, log, argparse.Namespace(**at)
+        world.say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}'
+                  + '; to go on, raise --max_iters' * (at.iter_num >= c.max_iters))
+    return c, model, optimizer, batches, world, log, at
 
 
 def main(argv=None):
@@ -1000,8 +983,8 @@ def main(argv=None):
             if not (run := set_up(argv, at_end)):
                 return None
             c, model, _, _, world, *_ = run
-            at_end.callback(signal.signal, signal.SIGTERM,
-                            signal.signal(signal.SIGTERM, world.terminate))
+            told = signal.signal(signal.SIGTERM, lambda *_: setattr(world, 'terminated', True))
+            at_end.callback(signal.signal, signal.SIGTERM, told)
             result = train(*run)
         except PeerError as e:
             print(f'train.py: {e}', file=sys.stderr, flush=True)
@@ -1018,23 +1001,16 @@ def main(argv=None):
 def train(c, model, optimizer, batches, world, log, at):
     """The loop. Returns what `main` does."""
     meter, params = world.ring.meter, [p for p in model.parameters() if p.requires_grad]
-    first_iter, first_seconds, logged_at = at.iter_num, at.seconds, (at.iter_num, at.seconds)
-    loss, val_loss, loss_of, losses, compression = math.nan, math.nan, None, [], None
-    logged, n_skipped, in_a_row = Counter(), 0, 0
-    # what a rank receives of others in an iteration, uncompressed: KV; KV again, and its gradient
-    n_layer_tokens = c.n_layer * c.batch_size * world.n_micro * c.block_size * (world.cp - 1) // (
-        world.cp)
-    d = model.config.n_kv_head * model.config.head_dim
-    full = n_layer_tokens * 3 * 2 * d * world.dtype.itemsize
+    first, loss_of, losses = argparse.Namespace(**vars(at)), None, []
+    n_skipped, in_a_row, result = 0, 0, dict(loss=math.nan, val_loss=math.nan)
     # at a sync: only then do all ranks have the same weights
     eval_interval = c.sync_every * math.ceil(c.eval_interval / c.sync_every)
-    bar = tqdm(total=c.max_iters, initial=at.iter_num, disable=not world.master or None)
     while True:
         # -- between steps: the sync of weights, what is sent from now on
         began, record = time.perf_counter(), {'iter': at.iter_num}
         done = at.iter_num >= c.max_iters or c.eval_only
-        if c.sync_every > 1 and at.iter_num > first_iter and (
-                at.iter_num % c.sync_every == 0 or done):
+        due = at.iter_num % c.sync_every == 0 or done
+        if c.sync_every > 1 and due and at.iter_num > first.iter_num:
             world.average([p.detach() for p in params])
         done = done or world.stopping
         if loss_of is None or model.sends != sends_at(at.iter_num, c):
@@ -1043,19 +1019,26 @@ def train(c, model, optimizer, batches, world, log, at):
 
         # -- validation and a checkpoint, whose time and bytes do not count
         if (done or at.iter_num % eval_interval == 0) and not c.rehearse:
-            record |= validate_and_save(c, model, optimizer, batches, world, at, first_iter)
-            val_loss = record['val_loss']
+            world.ring.meter = Counter()
+            record |= validate(c, model, batches, world)
+            val_loss, right = record['val_loss'], record['right_answers']
+            world.tell(at.iter_num, f'val loss {val_loss:.4f}' + (
+                f', {right:.1%} right answers (chance: {1 / N_VALUES:.1%})' * (c.data == 'needle')))
+            best, at.best_val_loss = val_loss < at.best_val_loss, min(at.best_val_loss, val_loss)
+            if at.iter_num > first.iter_num and math.isfinite(val_loss) and (
+                    best or c.always_save_checkpoint):
+                save(c, model, optimizer, world, at)
+            world.ring.meter, result['val_loss'] = meter, val_loss
         if done:
             log.write(record)
             break
 
         # -- a step
         began, before = time.perf_counter(), Counter(meter)
-        step_loss, lr, grad_norm = take_step(c, optimizer, params, loss_of, batches, world,
-                                             at.iter_num)
+        loss, lr, grad_norm = take_step(c, optimizer, params, loss_of, batches, world, at.iter_num)
         if math.isfinite(grad_norm):
             in_a_row = 0
-            losses.append(step_loss)
+            losses.append(loss)
         else:
             in_a_row, n_skipped = in_a_row + 1, n_skipped + 1
             print(f'train.py: rank {world.rank}, iter {at.iter_num}: the gradient is not finite, '
@@ -1064,33 +1047,17 @@ def train(c, model, optimizer, batches, world, log, at):
             fail(f'no finite gradient in {MAX_SKIPPED} steps up to iteration {at.iter_num}; the '
                  'last checkpoint is from before them: lower --learning_rate')
         at.iter_num += 1
-        bar.update()
-        logging = record['iter'] % c.log_interval == 0 or at.iter_num == c.max_iters
-        if logging:  # the mean since the last line: one batch's jumps about
-            total = torch.tensor([sum(losses), len(losses)], dtype=torch.float64,
-                                 device=world.device)
-            total, n = world.ring.all_reduce(total, 'the average of losses').tolist()
-            loss, losses = total / n if n else math.nan, []
         at.seconds += time.perf_counter() - began
-        if logging:
-            dt = (at.seconds - logged_at[1]) / (at.iter_num - logged_at[0])
-            record.update(loss=loss, lr=lr, grad_norm=grad_norm,
-                          tokens=at.iter_num * batches.per_iter, seconds=round(at.seconds, 3),
-                          skipped=n_skipped, **wire_record(meter - before, meter - logged, full))
-            world.tell(record['iter'], log_line(c, record, dt, model, world))
-            logged, logged_at = Counter(meter), (at.iter_num, at.seconds)
-            if record['compression'] not in (None, compression):  # said when it changes
-                compression = record['compression']
-                world.tell(record['iter'], wire_line(record, n_layer_tokens))
+        if record['iter'] % c.log_interval == 0 or at.iter_num == c.max_iters:
+            record |= log.step(at, losses, before, lr=lr, grad_norm=grad_norm, skipped=n_skipped)
+            result['loss'], losses = record['loss'], []
         if len(record) > 1:
             log.write(record)
-    bar.close()
-    if n := at.iter_num - first_iter:
+    if n := at.iter_num - first.iter_num:
         world.say(f'{n} iterations, {n * batches.per_iter:,} tokens in '
-                  f'{at.seconds - first_seconds:.0f}s')
-        summarize(meter, n * full, world)
-    return {'iter_num': at.iter_num, 'loss': loss, 'val_loss': val_loss,
-            'records': log.records, 'model': model}
+                  f'{at.seconds - first.seconds:.0f}s')
+        summarize(meter, n * log.full, world)
+    return {**result, 'iter_num': at.iter_num, 'records': log.records, 'model': model}
 
 
 if __name__ == '__main__':
