@@ -801,8 +801,8 @@ class Log:
         self.writes = world.master and not c.rehearse and os.access(c.out_dir, os.W_OK)
         if self.writes:
             lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-            before, temporary = math.inf if c.eval_only else at.iter_num, self.path.with_suffix('.tmp')
-            kept = [line + b'\n' for line in lines if self.is_before(line, before)]
+            temporary, n = self.path.with_suffix('.tmp'), math.inf if c.eval_only else at.iter_num
+            kept = [line + b'\n' for line in lines if self.is_before(line, n)]
             try:
                 temporary.write_bytes(
                     b''.join(kept) + self.line({'iter': at.iter_num, 'config': vars(c)}))
@@ -824,7 +824,7 @@ class Log:
             return False
 
     def step(self, at, losses, before, **more):
-        """Say what there is to say since the last line, and -> it. before: the meter before a step"""
+        """Say what happened since the last line, and -> it. before: the meter before the step."""
         c, world, ring, i = self.c, self.world, self.world.ring, at.iter_num - 1
         total = torch.tensor([sum(losses), len(losses)], dtype=torch.float64, device=world.device)
         total, n = ring.all_reduce(total, 'the average of losses').tolist()
@@ -839,10 +839,9 @@ class Log:
         fwd, bwd = step['received_fwd'], step['received_bwd']
         compression = 1 - (fwd + bwd) / self.full if fwd else None
         if compression not in (None, self.compression):  # said when it changes
-            world.tell(i, f'received {fwd / self.n_received:.0f} + {bwd / self.n_received:.0f} bytes '
-                       'a token and layer, forward + backward: '
-                       f'{compression:.1%} less than uncompressed')
-            self.compression = compression
+            self.compression, n = compression, self.n_received
+            world.tell(i, f'received {fwd / n:.0f} + {bwd / n:.0f} bytes a token and layer, forward '
+                       f'+ backward: {compression:.1%} less than uncompressed')
         self.since = at.iter_num, at.seconds, Counter(ring.meter)
         return {'loss': loss, **more, 'tokens': at.iter_num * tokens,
                 'seconds': round(at.seconds, 3), 'compression': compression,
