@@ -826,20 +826,14 @@ def test_readers(tmp_path, monkeypatch):
     assert train.fingerprint(shards) == train.fingerprint(same) != train.fingerprint(flipped)
 
 
-def test_more_files_than_descriptors(tmp_path, monkeypatch):
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+@pytest.mark.parametrize('most', (80, 4096))
+def test_more_files_than_descriptors(tmp_path, most):
+    code = (f'import resource as r, train; r.setrlimit(r.RLIMIT_NOFILE, (80, {most}))\n'
+            f'train.main(["--data={tmp_path}/*.txt", "--out_dir={tmp_path}", "--max_iters=0"])')
     for i in range(100):
-        (tmp_path / f'{i}.txt').write_text('text ' * 200)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (80, limit[1]))
-        assert len(load(tmp_path / '*.txt')[0]) == 100
-        resource.setrlimit(resource.RLIMIT_NOFILE, (80, limit[1]))
-        monkeypatch.setattr(resource, 'setrlimit', lambda *args: None)  # as if 80 were the most
-        with pytest.raises(SystemExit, match='Too many open files.*ulimit -n'):
-            train.main([f'--data={tmp_path}/*.txt', f'--out_dir={tmp_path}'])
-    finally:
-        monkeypatch.undo()
-        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        (tmp_path / f'{i}.txt').write_text(1000 * 'text ')
+    done = subprocess.run([sys.executable, '-OO', '-c', code], capture_output=True, text=True)
+    assert 'in 100 file(s)' in done.stdout or most == 80 and 'raise ulimit -n' in done.stderr, done
 
 
 @pytest.mark.parametrize('argv, message', (
@@ -948,11 +942,9 @@ def test_plan(capsys):
 
 
 def test_plan_says_from_where_on_it_pays():
-    c, _ = train.parse_config(['--preset=800m', '--block_size=132096', '--wire_dtype=int4'])
-    e = train.Estimate(c, 8)
+    e = train.Estimate(train.parse_config(['--preset=800m', '--block_size=132096'])[0], 8)
     n = e.hidden_from(300)
-    speed = [e.seconds(n) / e.seconds(n, 300) for n in (n - 1, n)]
-    assert speed[0] < train.ENOUGH <= speed[1]
+    assert e.seconds(n - 1) / e.seconds(n - 1, 300) < 0.95 <= e.seconds(n) / e.seconds(n, 300)
 
 
 # -----------------------------------------------------------------------------
@@ -1125,11 +1117,9 @@ def test_optimizer_options(tmp_path):
 
 
 def test_bf16_trains(tmp_path, reference_run):
-    records, expected = (small_run(tmp_path, '--dtype=bfloat16')['records'],
-                         reference_run[1]['records'])
-    assert records[-1]['val_loss'] == pytest.approx(expected[-1]['val_loss'], rel=0.02)
-    differences = [abs(a['loss'] / b['loss'] - 1) for a, b in zip(records[:-1], expected)]
-    assert max(differences) > 1e-6  # and it is bf16
+    found, expected = small_run(tmp_path, '--dtype=bfloat16'), reference_run[1]
+    assert found['val_loss'] == pytest.approx(expected['val_loss'], rel=0.02)
+    assert abs(found['loss'] / expected['loss'] - 1) > 1e-6  # and it is bf16
 
 
 def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
@@ -1355,17 +1345,6 @@ def die_once(argv):
     train.main(argv)
 
 
-def lose_steps(rank, iterations):
-    """Rank 1's gradient is not finite in some iterations."""
-    average, n_steps = train.average, itertools.count()
-
-    def spoiling(tensors, ring):
-        if len(tensors) > 10 and next(n_steps) in iterations and rank == 1:  # not bases: gradients
-            tensors[0].fill_(float('inf'))
-        average(tensors, ring)
-    train.average = spoiling
-
-
 def lose_losses(rank, iterations):
     """Rank 1's loss is not finite in some iterations."""
     step = train.take_step
@@ -1378,45 +1357,41 @@ def lose_losses(rank, iterations):
 
 
 def test_steps_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
-    """Rank 1 alone has an infinite gradient in iterations 4 and 5; ten in a row are too many."""
-    folder = tmp_path / 'two'
-    sabotage = lose_steps, (4, 5)
-    codes, said = run_two(folder, *SMALL, '--eval_interval=12', sabotage=sabotage)
+    """Rank 1 alone has no finite loss in iterations 4 and 5; ten in a row are too many."""
+    codes, said = run_two(tmp_path, *SMALL, '--eval_interval=12', sabotage=(lose_losses, (4, 5)))
     assert codes == [0, 0], said
     assert [s.count('the gradient is not finite, step skipped') for s in said] == [2, 2], said
-    records = read_log(folder)
+    records = read_log(tmp_path)
     assert [r['skipped'] for r in records[:12]] == [0] * 4 + [1] + [2] * 7
+    assert [r['loss'] is None for r in records[:12]] == [i in (4, 5) for i in range(12)]  # no NaN
     assert np.isfinite(records[-1]['val_loss'])
-    nan = torch.tensor(float('nan'))
+    nan = torch.tensor(math.nan)
     monkeypatch.setattr(torch.nn.utils, 'get_total_norm', lambda grads: nan)
     with pytest.raises(SystemExit, match='no finite gradient in 10 steps'):
         small_run(tmp_path)
-    assert [r['loss'] for r in read_log(tmp_path) if 'loss' in r] == [None] * 9  # JSON has no NaN
 
 
-@pytest.mark.parametrize('iterations, code', (((0, 1), 0), ((2, 3), 0), (range(12), 1)))
-def test_steps_that_only_one_rank_skips(tmp_path, iterations, code):
+@pytest.mark.parametrize('iterations', ((0, 1), (2, 3), range(12)))
+def test_steps_that_only_one_rank_skips(tmp_path, iterations):
     """With --sync_every the others go on; a rank that skips all steps of a weight can be saved."""
-    argv = *SMALL, '--sync_every=2', '--eval_interval=2', '--cp=1'
+    argv, fatal = (*SMALL, '--sync_every=2', '--eval_interval=2', '--cp=1'), len(iterations) == 12
     codes, said = run_two(tmp_path, *argv, sabotage=(lose_losses, iterations))
-    assert codes[1] == code and codes[0] in (0, code), said
+    assert codes[1] == fatal and codes[0] in (0, fatal), said
     assert 'Traceback' not in said[1]
-    assert ('rank 1: no finite gradient in 10 steps' in said[1]) == bool(code), said
-    if not code:
+    assert ('rank 1: no finite gradient in 10 steps' in said[1]) == fatal, said
+    if not fatal:
         states = train.load_checkpoint(tmp_path / 'ckpt.pt')['optimizer']['state']
         assert {s['step'].item() for s in states.values()} == {9.0, 12.0}  # codecs; the rest
 
 
 def differ(rank, what):
     """Rank 1 has another version, checkpoint or flag."""
-    if rank == 1:
-        parse, checkpoint = train.parse_config, dict(iter_num=20, best_val_loss=3.0, seconds=7.0)
-        if what == 'torch':
-            torch.__version__ = '0.0'
-        elif what == 'checkpoint':
-            train.parse_config = lambda argv: (parse(argv)[0], checkpoint)
-        else:
-            train.parse_config = lambda argv: parse([*argv, what])
+    parse, checkpoint = train.parse_config, dict(iter_num=20, best_val_loss=3.0, seconds=7.0)
+    if rank == 1 and what == 'torch':
+        torch.__version__ = '0.0'
+    elif rank == 1:
+        train.parse_config = lambda argv: (
+            (parse(argv)[0], checkpoint) if what == 'checkpoint' else parse([*argv, what]))
 
 
 @pytest.mark.parametrize('what, message', (
@@ -1453,10 +1428,9 @@ def test_a_loopback_address_is_refused_on_several_machines(monkeypatch):
 
 
 def save_for_ever(path):
-    rest = dict.fromkeys(('optimizer', 'config', *train.STATE))
     for i in itertools.count():
-        model = torch.full((200_000,), i)
-        train.save_checkpoint(path, {**rest, 'iter_num': i, 'model': model})
+        rest = dict.fromkeys(('optimizer', 'config', *train.STATE), i)
+        train.save_checkpoint(path, {**rest, 'model': torch.full((200_000,), i)})
 
 
 def test_killed_while_saving(tmp_path):
@@ -1472,8 +1446,8 @@ def test_killed_while_saving(tmp_path):
         process.kill()
         process.join()
         checkpoint = train.load_checkpoint(path)
-        n = checkpoint['iter_num']
-        assert (checkpoint['model'] == n).all() and n >= seen
+        assert (checkpoint['model'] == checkpoint['iter_num']).all()
+        assert checkpoint['iter_num'] >= seen
         path.unlink()
 
 

@@ -840,8 +840,8 @@ class Log:
         compression = 1 - (fwd + bwd) / self.full if fwd else None
         if compression not in (None, self.compression):  # said when it changes
             self.compression, n = compression, self.n_received
-            world.tell(i, f'received {fwd / n:.0f} + {bwd / n:.0f} bytes a token and layer, forward '
-                       f'+ backward: {compression:.1%} less than uncompressed')
+            world.tell(i, f'received {fwd / n:.0f} + {bwd / n:.0f} bytes a token and layer, forward'
+                       f' + backward: {compression:.1%} less than uncompressed')
         self.since = at.iter_num, at.seconds, Counter(ring.meter)
         return {'loss': loss, **more, 'tokens': at.iter_num * tokens,
                 'seconds': round(at.seconds, 3), 'compression': compression,
@@ -963,7 +963,7 @@ def set_up(argv, at_end):
     except ValueError as e:
         fail(e)
     except OSError as e:
-        fail(f'{e.filename or e} cannot be read or made ({e.strerror}): change --data, --val_data '
+        fail(f'{e.filename or "a file"} cannot be read or made ({e.strerror}): change --data, --val_data '
              'or --out_dir' + ', or raise ulimit -n' * (e.errno == errno.EMFILE))
     describe(c, model, batches, world)
     if checkpoint:
