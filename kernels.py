@@ -1,11 +1,13 @@
 """
 The arithmetic: attention of queries over one block of keys and the merge of several such blocks,
-rotary embedding, the paper's rotation of a basis, and rounding to 8 or 4 bits.
+rotary embedding, and rounding to 8 or 4 bits.
 
 Nothing here knows of processes or models. Everywhere the sequence is dimension 1: q, k, v and out
 are (B, T, H, hd), lse is (B, T, H); only the wrappers of PyTorch's attention kernels transpose.
 """
 import functools
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,53 @@ aten = torch.ops.aten
 def accumulation_dtype(dtype):
     """float32 at least: bf16 sums over many blocks lose small terms; float64 stays float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+# -----------------------------------------------------------------------------
+# torch.compile, for what repeats
+
+_compiling = ContextVar('compiling', default=False)  # every thread has a value of its own
+
+
+@contextmanager
+def compiling(on):
+    """While on, every `fused` function that this thread calls goes through torch.compile."""
+    before = _compiling.set(on)
+    try:
+        yield
+    finally:
+        _compiling.reset(before)
+
+
+def is_compiling():
+    """Is this thread within `compiling(True)`? A backward runs in another thread: tell it."""
+    return _compiling.get()
+
+
+def fused(f):
+    """
+    Decorator: compile f, a function or a method, where `compiling` is on. A method is compiled
+    once for all objects, such as layers; what f calls becomes part of it.
+    """
+    @functools.cache
+    def compiled():
+        torch._dynamo.config.recompile_limit = 64  # shards' parts have several lengths
+        return torch.compile(f, fullgraph=True, dynamic=False)
+
+    @functools.wraps(f)
+    def wrapper(*args, **kwargs):
+        if torch.compiler.is_compiling() or not is_compiling():  # traced by a caller, or off
+            return f(*args, **kwargs)
+        return compiled()(*args, **kwargs)
+    return wrapper
+
+
+def cannot_compile():
+    """Why torch.compile does not work on this CPU, in a few words, or None."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2))
+    except Exception as e:  # no compiler, or one that does not know these instructions
+        return str(e).split('\n')[0][:120]
 
 
 # -----------------------------------------------------------------------------
@@ -175,6 +224,7 @@ def merge(out, lse, block_out, block_lse):
     lse.copy_(torch.logaddexp(lse, block_lse))
 
 
+@fused
 def merge_all(out, lse, parts, calls):
     """Merge the (out, lse) of every call, in float32 at least."""
     for (part, part_lse), call in zip(parts, calls):
@@ -199,6 +249,7 @@ def add_parts(total, parts, cuts, shape):
     return total
 
 
+@fused
 def add_all(dq, grads, calls, q, k):
     """dq, plus every call's, and the sums of dk and dv."""
     dqs, dks, dvs = zip(*grads)
@@ -208,14 +259,13 @@ def add_all(dq, grads, calls, q, k):
     return add_parts(dq, dqs, queries, q.shape), dk, dv
 
 
-def block_forward(q, k, v, calls, backend, run, out=None, lse=None):
+def block_forward(q, k, v, calls, backend, out=None, lse=None):
     """
     Attention of q over one block of keys: every call, merged with what earlier blocks have left in
     out and lse. Without those it is the first block, and its first call covers every query.
 
-    q: (B, T, H, hd), k, v: (B, S, Hkv, hd), S <= T, all contiguous in B and T; run: `compiled` or
-    `eager`. Returns out (B, T, H, hd) and lse (B, T, H), float32 at least; after one call alone out
-    has q's dtype.
+    q: (B, T, H, hd), k, v: (B, S, Hkv, hd), S <= T, all contiguous in B and T. Returns out
+    (B, T, H, hd) and lse (B, T, H), float32 at least; after one call alone out has q's dtype.
     """
     parts = [attention_forward(cut(q, c.size, c.queries),
                                *(cut(t, min(c.size, t.shape[1]), c.keys) for t in (k, v)),
@@ -223,10 +273,10 @@ def block_forward(q, k, v, calls, backend, run, out=None, lse=None):
     if out is None:
         (out, lse), parts, calls = parts[0], parts[1:], calls[1:]
         out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
-    return run(merge_all)(out, lse, parts, calls) if calls else (out, lse)
+    return merge_all(out, lse, parts, calls) if calls else (out, lse)
 
 
-def block_backward(dout, q, k, v, out, lse, calls, backend, run, dq=None):
+def block_backward(dout, q, k, v, out, lse, calls, backend, dq=None):
     """
     Gradients of attention over one block. out, lse: those after *all* blocks. dq: the sum over
     earlier blocks, or None. Returns dq, with this block's share, and the block's dk and dv
@@ -236,7 +286,7 @@ def block_backward(dout, q, k, v, out, lse, calls, backend, run, dq=None):
                                 *(cut(t, min(c.size, t.shape[1]), c.keys) for t in (k, v)),
                                 *(cut(t, c.size, c.queries) for t in (out, lse)),
                                 c.causal, backend) for c in calls]
-    return run(add_all)(dq, grads, calls, q, k)
+    return add_all(dq, grads, calls, q, k)
 
 
 # -----------------------------------------------------------------------------
@@ -265,38 +315,6 @@ def rope(x, table):
     return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
-def rotate_basis(theta, U0, AU0, AAU0):
-    """
-    R(theta) U0 with R(theta) = I + M + M^2/2, M = sum_l theta_l A_l: the paper's second-order
-    exponential (Algorithm 1, step 3), without ever forming a d x d matrix.
-
-    theta: (B, c, k), radians; U0: (d, r); AU0: (k, d, r) = A_l U0; AAU0: (k, k, d, r) = A_l A_m U0.
-    Returns (B, c, d, r): one basis for each chunk.
-    """
-    first = torch.einsum('bcl,ldr->bcdr', theta, AU0)
-    second = torch.einsum('bcl,bcm,lmdr->bcdr', theta, theta, AAU0)
-    return U0 + first + second / 2
-
-
-def aligned(x):
-    """x (..., r) with zeros up to a multiple of 8: others miss a GPU's fast matrix products."""
-    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
-
-
-def compress(z, U):
-    """Z_comp = Z U. z: (B, T, d); U: (d, r), or (B, c, d, r), one for each chunk -> (B, T, r)."""
-    if U.dim() == 2:
-        return (z @ aligned(U).to(z.dtype))[..., :U.shape[-1]].contiguous()
-    return (z.unflatten(1, (U.shape[1], -1)) @ U.to(z.dtype)).flatten(1, 2)
-
-
-def expand(z, U):
-    """Z_hat = Z_comp U^T, back from the subspace; U as in `compress`. z: (B, T, r) -> (B, T, d)."""
-    if U.dim() == 2:
-        return aligned(z) @ aligned(U).to(z.dtype).mT
-    return (z.unflatten(1, (U.shape[1], -1)) @ U.to(z.dtype).mT).flatten(1, 2)
-
-
 def quantize(x, bits, stochastic=False):
     """
     x (..., n), each row in numbers of `bits` bits, 8 or 4, and a scale in bfloat16 -> uint8
@@ -323,32 +341,3 @@ def dequantize(q, bits, n, dtype):
     if bits == 4:
         q = torch.stack((q & 15, q >> 4), dim=-1).flatten(-2)[..., :n]
     return (q.to(dtype) - (2 ** (bits - 1) - 1)) * scale.to(dtype)
-
-
-# -----------------------------------------------------------------------------
-# --compile: `run` is one of these two
-
-def eager(f):
-    """f as it is."""
-    return f
-
-
-def compiled(f):
-    """f under torch.compile: one and the same for all layers, also if f is a method."""
-    if hasattr(f, '__func__'):  # a method
-        return functools.partial(_compile(f.__func__), f.__self__)
-    return _compile(f)
-
-
-@functools.cache
-def _compile(f):
-    torch._dynamo.config.recompile_limit = 64  # blocks have several lengths, with grad and without
-    return torch.compile(f, fullgraph=True, dynamic=False)
-
-
-def cannot_compile():
-    """Why torch.compile does not work on this CPU, in a few words, or None."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(2))
-    except Exception as e:  # no compiler, or one that does not know these instructions
-        return str(e).split('\n')[0][:120]

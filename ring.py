@@ -24,7 +24,7 @@ from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -324,7 +324,7 @@ def average(tensors, ring):
 # -----------------------------------------------------------------------------
 # Ring attention
 
-def attend(ring, q, k, v, payload, codec, table, span, run=kernels.eager):
+def attend(ring, q, k, v, payload, codec, params, table, tokens, span):
     """
     Causal attention of this rank's queries over the keys and values of the whole ring (Liu et al.
     2023), where what travels is a payload that a codec turns into keys and values.
@@ -336,23 +336,24 @@ def attend(ring, q, k, v, payload, codec, table, span, run=kernels.eager):
         .pack(payload) -> the tensors that travel, .unpack(those, sizes, dtype) -> payload: a lossy
             last step whose gradient is the identity. With gradient=True, the same for the gradients
             of its floating-point tensors.
-        .expand(payload, params) -> (B, S, 2, Hkv, hd), keys before RoPE and values, of any first
-            part of a block.
-        .params: the tensors that `expand` uses, on every block this rank's own. They get the
-            gradient of this rank's queries: sum over ranks, as for any weight.
+        .expand(payload, tokens, params) -> (B, S, 2, Hkv, hd), keys before RoPE and values, of any
+            first part of a block. tokens: (B, S), that part's token numbers, or None.
         .keep: hold what has arrived until backward instead of sending it a second time. Right for a
             small payload; uncompressed it would undo the memory saving of context parallelism.
+    params: the tensors that `expand` uses, on every block this rank's own. They get the gradient of
+        this rank's queries: sum over ranks, as for any weight.
     table: (world_size, T, 2, hd): `kernels.rope_table` at the positions of every rank's tokens.
+    tokens: (world_size, B, T) int64: the token numbers of every rank's shard in its local order;
+        None, if `expand` needs none.
     span: within pieces of so many tokens queries see k and v as they are; all else comes through
         the codec, also what lies on this rank. 0: everything comes through the codec.
-    run: `kernels.compiled` or `kernels.eager`.
 
     Returns (B, T, H, hd) in q's dtype. Accumulates in float32 at least.
     """
     backend = kernels.attention_backend(q.device.type, q.dtype, q.shape[-1])
-    spec = _Spec(ring, codec, table, span, run, backend, [t.shape[-1] for t in payload],
-                 [t.is_floating_point() for t in payload])
-    return _Attend.apply(spec, q, k, v, *payload, *(codec.params if codec else ()))
+    spec = _Spec(ring, codec, table, tokens, span, kernels.is_compiling(), backend,
+                 [t.shape[-1] for t in payload], [t.is_floating_point() for t in payload])
+    return _Attend.apply(spec, q, k, v, *payload, *params)
 
 
 @dataclass
@@ -361,8 +362,9 @@ class _Spec:
     ring: Ring
     codec: Any
     table: torch.Tensor
+    tokens: torch.Tensor | None
     span: int
-    run: Callable
+    compiling: bool  # the backward pass runs in another thread
     backend: str
     sizes: list  # of the payload's last dimensions
     floating: list  # which of its tensors have gradients
@@ -376,21 +378,25 @@ class _Spec:
         return visible(self.ring.rank, source, self.table.shape[1], self.span)
 
     def unpack(self, wire, dtype):
-        return self.run(self.codec.unpack)(wire, self.sizes, dtype)
+        return self.codec.unpack(wire, self.sizes, dtype)
 
     def rebuild(self, payload, params, source):
         """Keys with RoPE, and values, of as much of a block as any query here sees."""
         T = self.table.shape[1]
         n_tokens = T // 2 if source < self.ring.rank else T
-        return self.run(_rebuild)(self.codec, payload, params, self.table[source], n_tokens)
+        tokens = None if self.tokens is None else self.tokens[source]
+        return _rebuild(self.codec, payload, tokens, params, self.table[source], n_tokens)
 
 
-def _rebuild(codec, payload, params, table, n_tokens):
+@kernels.fused
+def _rebuild(codec, payload, tokens, params, table, n_tokens):
     part = [t[:, :t.shape[1] * n_tokens // len(table)] for t in payload]
-    kv = codec.expand(part, params)  # (B, n_tokens, 2, Hkv, hd)
+    tokens = None if tokens is None else tokens[:, :n_tokens]
+    kv = codec.expand(part, tokens, params)  # (B, n_tokens, 2, Hkv, hd)
     return kernels.rope(kv[:, :, 0], table[:n_tokens]), kv[:, :, 1]
 
 
+@kernels.fused
 def _add_up(codec, total, wire, sizes, dtype):
     """total plus the gradient that came as `wire`. Sums are in `dtype`; one alone stays."""
     found = codec.unpack(wire, sizes, dtype, gradient=True)
@@ -405,17 +411,17 @@ class _Attend(torch.autograd.Function):
         own, arriving, out, lse, ctx.blocks = [], [], None, None, []
         with torch.autocast(q.device.type, enabled=False):
             if s.codec:
-                wire = s.run(s.codec.pack)([t.detach() for t in payload])
+                wire = s.codec.pack([t.detach() for t in payload])
                 own = [(s.ring.rank, wire)]
                 arriving = s.ring.circulate(wire, 'fwd', s.ahead)
             if s.span:  # this and the own block hide the way of the first that arrives
-                out, lse = kernels.block_forward(q, k, v, s.calls(None), s.backend, s.run)
+                out, lse = kernels.block_forward(q, k, v, s.calls(None), s.backend)
             for source, wire in chain(own, arriving):
                 if source == s.ring.rank or s.codec.keep:
                     ctx.blocks.append((source, wire))
                 if calls := s.calls(source):
                     block = s.rebuild(s.unpack(wire, q.dtype), params, source)
-                    out, lse = kernels.block_forward(q, *block, calls, s.backend, s.run, out, lse)
+                    out, lse = kernels.block_forward(q, *block, calls, s.backend, out, lse)
         out, ctx.spec = out.to(q.dtype), s
         ctx.save_for_backward(q, k, v, out, lse, *params)
         return out
@@ -435,16 +441,16 @@ class _Attend(torch.autograd.Function):
         def collect(n_left):
             nonlocal total
             while len(returning) > n_left:
-                total = s.run(_add_up)(s.codec, total, returning.popleft()(), s.sizes,
-                                       kernels.accumulation_dtype(q.dtype))
+                total = _add_up(s.codec, total, returning.popleft()(), s.sizes,
+                                kernels.accumulation_dtype(q.dtype))
 
-        with torch.autocast(q.device.type, enabled=False):
+        with torch.autocast(q.device.type, enabled=False), kernels.compiling(s.compiling):
             own, others = ctx.blocks[:1], ctx.blocks[1:]
             if s.codec and not s.codec.keep:
                 others = s.ring.circulate(own[0][1], 'bwd', s.ahead)
             if s.span:
                 dq, dk, dv = kernels.block_backward(
-                    dout, q, k, v, out, lse, s.calls(None), s.backend, s.run)
+                    dout, q, k, v, out, lse, s.calls(None), s.backend)
             # the own block comes last: it hides the way of the last gradient
             for source, wire in chain(others, own):
                 if not (calls := s.calls(source)):
@@ -456,7 +462,7 @@ class _Attend(torch.autograd.Function):
                     block = s.rebuild(payload, params, source)
                 # 2. Gradients of attention: our share of dq, all that our queries add to dk and dv.
                 dq, *dblock = kernels.block_backward(
-                    dout, q, *(t.detach() for t in block), out, lse, calls, s.backend, s.run, dq)
+                    dout, q, *(t.detach() for t in block), out, lse, calls, s.backend, dq)
                 # 3. From dk and dv through `expand` to the payload and the params.
                 leaves = [t for t in (*payload, *params) if t.requires_grad]
                 grads, n = torch.autograd.grad(block, leaves, dblock), sum(s.floating)
@@ -464,7 +470,7 @@ class _Attend(torch.autograd.Function):
                 # 4. The payload's gradient goes to the block's owner, h ranks back; ours comes
                 #    from h ranks ahead. Our own share is rounded as if it too had travelled: with
                 #    few ranks the same noise as with many.
-                packed = s.run(s.codec.pack)(grads[:n], gradient=True)
+                packed = s.codec.pack(grads[:n], gradient=True)
                 returning.append(functools.partial(list, packed) if source == s.ring.rank else
                                  s.ring.exchange(packed, source - s.ring.rank, 'bwd'))
                 collect(n_left=s.ahead)
@@ -481,7 +487,7 @@ class _Attend(torch.autograd.Function):
 
 class _Uncompressed:
     """The simplest codec: the payload is kv (B, T, 2, H, hd)."""
-    keep, params = False, ()
+    keep = False
 
     def pack(self, tensors, gradient=False):
         return list(tensors)
@@ -489,7 +495,7 @@ class _Uncompressed:
     def unpack(self, wire, sizes, dtype, gradient=False):
         return list(wire)
 
-    def expand(self, payload, params):
+    def expand(self, payload, tokens, params):
         return payload[0]
 
 
@@ -530,9 +536,9 @@ def _theirs(mesh, tensors, backend):
 def _benchmark(rank, world_size, store):
     """One process of the benchmark; rank 0 prints. store: path of a file that does not exist."""
     cuda, rows = torch.cuda.is_available(), [(2048, 4, 64), (8192, 4, 64)]
-    device, dtype, run = torch.device('cpu'), torch.float32, kernels.eager
+    device, dtype = torch.device('cpu'), torch.float32
     if cuda:
-        device, dtype, run = torch.device('cuda', rank), torch.bfloat16, kernels.compiled
+        device, dtype = torch.device('cuda', rank), torch.bfloat16
         torch.cuda.set_device(device)
         rows = [(32768, 16, 128), (131072, 16, 128), (262144, 16, 128), (32768, 8, 256)]
     torch.set_num_threads(1)
@@ -555,7 +561,8 @@ def _benchmark(rank, world_size, store):
             return out, *kernels.attention_backward(whole[3], *whole[:3], out, lse, True, backend)
 
         def ours():
-            out = attend(ring, q, k, v, (kv,), _Uncompressed(), table, chunk_size, run)
+            with kernels.compiling(cuda):
+                out = attend(ring, q, k, v, (kv,), _Uncompressed(), (), table, None, chunk_size)
             return out, *torch.autograd.grad(out, (q, k, v, kv), dout)
         out, dq, dk, dv, dkv = ours()
         for x, y in zip(alone(), (out, dq, dk + dkv[:, :, 0], dv + dkv[:, :, 1])):

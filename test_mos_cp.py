@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -60,7 +61,7 @@ def double(*shape, generator=None):
 # -----------------------------------------------------------------------------
 # The oracle
 
-def dense_attend(ring, q, k, v, payload, codec, table, span, run=None):
+def dense_attend(ring, q, k, v, payload, codec, params, table, tokens, span):
     """`attend` on one process: all scores at once, one mask, one softmax, and autograd."""
     t = torch.arange(q.shape[1])
     past = t[:, None] >= t
@@ -71,7 +72,7 @@ def dense_attend(ring, q, k, v, payload, codec, table, span, run=None):
         travelled = codec.unpack(packed, [p.shape[-1] for p in payload], q.dtype)
         payload = [p + (w - p).detach() if p.is_floating_point() else p
                    for p, w in zip(payload, travelled)]
-        kv = codec.expand(payload, codec.params)
+        kv = codec.expand(payload, None if tokens is None else tokens[0], params)
         blocks.append((kernels.rope(kv[:, :, 0], table[0]), kv[:, :, 1], past & ~own))
     groups = q.shape[2] // blocks[0][0].shape[2]
     scores = [torch.einsum('bthd,bshd->bhts', q, k.repeat_interleave(groups, 2))
@@ -110,6 +111,32 @@ def test_quantize(bits, dtype):
     assert all((f.abs() <= step).all() for f in found) and not torch.equal(found[0], found[1])
     bias = sum(found) / n / step  # a step's standard deviation is at most 1/2
     assert bias.abs().max() < 5 * 0.5 / n ** 0.5, bias.abs().max()
+
+
+def test_fused(monkeypatch):
+    """Compiled only within `compiling`, in this thread, once for all objects; inlined otherwise."""
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda f, **options: compiled.append(f.__name__) or f)
+
+    class Twice:
+        @kernels.fused
+        def twice(self, x):
+            return 2 * x
+    found = []
+
+    def call():
+        found.append((kernels.is_compiling(), Twice().twice(3), list(compiled)))
+    with kernels.compiling(True):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        with kernels.compiling(False):
+            call()
+        call()
+        call()
+    call()
+    assert found == [(False, 6, []), (False, 6, []), *2 * [(True, 6, ['twice'])],
+                     (False, 6, ['twice'])]
 
 
 def test_rope():
@@ -186,17 +213,17 @@ def check(f):
 
 
 class ToyCodec(mos_cp.Full):
-    """A shared weight, and a second, coarser payload tensor: nothing that mos_cp.py has."""
+    """A shared weight, a table of tokens, and a second, coarser payload tensor."""
 
-    def __init__(self, weight, n_kv_head, keep):
+    def __init__(self, n_kv_head, keep):
         super().__init__()
-        self.params, self.n_kv_head, self.keep = (weight,), n_kv_head, keep
+        self.n_kv_head, self.keep = n_kv_head, keep
 
-    def expand(self, payload, params):
-        z, s = payload
+    def expand(self, payload, tokens, params):
+        (z, s), (weight, guess) = payload, params
         z = z.unflatten(1, (s.shape[1], -1)) * s[:, :, None]
-        kv = z @ params[0].to(z.dtype)  # (B, c, L, 2 Hkv hd)
-        return kv.flatten(1, 2).unflatten(-1, (2, self.n_kv_head, -1))
+        kv = (z @ weight.to(z.dtype)).flatten(1, 2) + guess[tokens].to(z.dtype)
+        return kv.unflatten(-1, (2, self.n_kv_head, -1))  # (B, S, 2, Hkv, hd)
 
 
 def attention_case(ring, n_chunks, n_head, n_kv_head, span, keep, dtype=torch.float64):
@@ -204,30 +231,33 @@ def attention_case(ring, n_chunks, n_head, n_kv_head, span, keep, dtype=torch.fl
     g, B, hd, L = seeded(0), 2, 8, 4
     T = n_chunks * L
     shapes = dict(q=(B, T, n_head, hd), k=(B, T, n_kv_head, hd), v=(B, T, n_kv_head, hd),
-                  latent=(B, T, 5), per_chunk=(B, n_chunks, 1), weight=(5, 2 * n_kv_head * hd))
+                  latent=(B, T, 5), per_chunk=(B, n_chunks, 1), weight=(5, 2 * n_kv_head * hd),
+                  guess=(9, 2 * n_kv_head * hd))
+    shared, all_tokens = ('weight', 'guess'), torch.randint(9, (B, T), generator=g)
     whole = {name: double(*shape, generator=g) for name, shape in shapes.items()}
     dout = double(B, T, n_head, hd, generator=g)
     table = kernels.rope_table(T, hd, base=10.0).double()
 
     def part(name, x):
         """What this rank holds of a tensor."""
-        return x if name == 'weight' else ring.shard(x, 1 if name == 'per_chunk' else L)
+        return x if name in shared else ring.shard(x, 1 if name == 'per_chunk' else L)
 
     def run(attend, ring, tensors, dout):
         t = {name: x.clone().requires_grad_() for name, x in tensors.items()
              if span or name not in 'kv'}
         where = ring_module.positions(T, ring.world_size, torch.device('cpu'))
-        codec = ToyCodec(t['weight'], n_kv_head, keep)
-        out = attend(ring, t['q'], t.get('k'), t.get('v'), (t['latent'], t['per_chunk']), codec,
-                     table[where].to(dtype), span * L)
+        out = attend(ring, t['q'], t.get('k'), t.get('v'), (t['latent'], t['per_chunk']),
+                     ToyCodec(n_kv_head, keep), [t[name] for name in shared],
+                     table[where].to(dtype), all_tokens[:, where].transpose(0, 1), span * L)
         return out, dict(zip(t, torch.autograd.grad(out, list(t.values()), dout)))
 
     expected_out, expected = run(dense_attend, Ring(), whole, dout)
-    mine = {name: part(name, x).to(torch.float64 if name == 'weight' else dtype)
+    mine = {name: part(name, x).to(torch.float64 if name in shared else dtype)
             for name, x in whole.items()}
     out, found = run(attend, ring, mine, part('dout', dout).to(dtype))
     if ring.world_size > 1:  # every rank has the share of its own queries
-        dist.all_reduce(found['weight'], group=ring.group)
+        for name in shared:
+            dist.all_reduce(found[name], group=ring.group)
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.3}[dtype]
     assert out.dtype == dtype
     assert_close(out.double(), part('out', expected_out), 'out', tolerance)
@@ -598,7 +628,7 @@ def test_int4_and_topk_keep_what_they_say():
     assert ((kv - rebuilt).abs() <= half_step).all()
     codec = mos_cp.TopK(GPTConfig(n_head=4, n_kv_head=1, n_embd=64, topk=0.25, send='topk'))
     kv = double(2, 32, 2, 1, 16)
-    rebuilt = codec.expand(codec.compress(kv), ())
+    rebuilt = codec.expand(codec.compress(kv), None, ())
     kept, size = rebuilt != 0, kv.abs()
     assert (kept.sum(-1) == 4).all() and torch.equal(rebuilt[kept], kv[kept])
     assert (size.masked_fill(~kept, 9).amin(-1) >= size.masked_fill(kept, 0).amax(-1)).all()
@@ -630,7 +660,7 @@ def test_own_codec():
         def compress(self, kv):
             return (kv[..., :4],)
 
-        def expand(self, payload, params):
+        def expand(self, payload, tokens, params):
             return torch.nn.functional.pad(payload[0], (0, 12))
 
     def steps(*attend):
@@ -657,7 +687,7 @@ def test_subspace_projects():
     for joint_kv in (True, False):
         codec = mos_cp.Subspace(GPTConfig(n_head=1, n_embd=16, rank=7, joint_kv=joint_kv), 0)
         projector = torch.block_diag(*(b.U0 @ b.U0.T for b in codec.double().bases))
-        rebuilt = codec.expand(codec.compress(kv), codec.params)
+        rebuilt = codec.expand(codec.compress(kv), None, codec.params)
         assert_close(rebuilt, (kv.flatten(2) @ projector).view_as(kv), 'kv')
 
 
