@@ -14,11 +14,13 @@ ranks share the chunks.
 `python mos_cp.py` times a training step beside the same model with PyTorch's own attention.
 """
 import copy
+import dataclasses
 import functools
 import gc
 import math
 import statistics
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -127,6 +129,38 @@ class GPTConfig:
 # your own needs `compress` and `expand`, and `params` if it learns something; autograd takes care
 # of its gradients, also across the wire.
 
+def _rotate_basis(theta, U0, AU0, AAU0):
+    """
+    R(theta) U0 with R(theta) = I + M + M^2/2, M = sum_l theta_l A_l: the paper's second-order
+    exponential (Algorithm 1, step 3), without ever forming a d x d matrix.
+
+    theta: (B, c, k), radians; U0: (d, r); AU0: (k, d, r) = A_l U0; AAU0: (k, k, d, r) = A_l A_m U0.
+    Returns (B, c, d, r): one basis for each chunk.
+    """
+    first = torch.einsum('bcl,ldr->bcdr', theta, AU0)
+    second = torch.einsum('bcl,bcm,lmdr->bcdr', theta, theta, AAU0)
+    return U0 + first + second / 2
+
+
+def aligned(x):
+    """x (..., r) with zeros up to a multiple of 8: others miss a GPU's fast matrix products."""
+    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
+
+
+def _compress(z, U):
+    """Z_comp = Z U. z: (B, T, d); U: (d, r), or (B, c, d, r), one for each chunk -> (B, T, r)."""
+    if U.dim() == 2:
+        return (z @ aligned(U).to(z.dtype))[..., :U.shape[-1]].contiguous()
+    return (z.unflatten(1, (U.shape[1], -1)) @ U.to(z.dtype)).flatten(1, 2)
+
+
+def _expand(z, U):
+    """Z_hat = Z_comp U^T, back from the subspace; U as in `compress`. z: (B, T, r) -> (B, T, d)."""
+    if U.dim() == 2:
+        return aligned(z) @ aligned(U).to(z.dtype).mT
+    return (z.unflatten(1, (U.shape[1], -1)) @ U.to(z.dtype).mT).flatten(1, 2)
+
+
 class Full(nn.Module):
     """Keys and values as they are. The base of all codecs: rounding to fewer bits stands here."""
     keep = False  # hold what arrived until backward? Too large: it is sent a second time
@@ -141,10 +175,11 @@ class Full(nn.Module):
         """kv (B, T, 2, Hkv, hd) -> payload"""
         return (kv,)
 
-    def expand(self, payload, params):
+    def expand(self, payload, tokens, params):
         """payload, or the first part of one -> kv"""
         return payload[0]
 
+    @kernels.fused
     def pack(self, tensors, gradient=False):
         """
         The payload, or the gradient of its floating-point tensors, as it travels. Integers have one
@@ -158,6 +193,7 @@ class Full(nn.Module):
             return [*(t.to(torch.bfloat16) for t in tensors[:n]), *tensors[n:]]
         return [*(kernels.quantize(t, int(dtype[3:]), gradient) for t in tensors[:n]), *tensors[n:]]
 
+    @kernels.fused
     def unpack(self, wire, sizes, dtype, gradient=False):
         """The inverse of `pack`. sizes, dtype: last dimensions and dtype of what was packed."""
         wire_dtype, n = self.grad_wire_dtype if gradient else self.wire_dtype, self.n_rounded
@@ -191,7 +227,7 @@ class TopK(Full):
         where = kv.abs().topk(self.n, dim=-1).indices
         return kv.gather(-1, where), where.to(torch.int16 if kv.shape[-1] <= 2**15 else torch.int32)
 
-    def expand(self, payload, params):
+    def expand(self, payload, tokens, params):
         values, where = payload
         zeros = values.new_zeros(*values.shape[:-1], self.shape[0] * self.shape[1])
         return zeros.scatter(-1, where.long(), values).unflatten(-1, self.shape)
@@ -241,7 +277,7 @@ class Basis(nn.Module):
         """U(theta) = R(theta) U0. theta: (B, c, k) -> (B, c, d, r)."""
         device = 'cpu' if theta.is_meta else theta.device.type  # autocast knows no meta
         with torch.autocast(device, enabled=False):  # sender and receiver must find the same U
-            return kernels.rotate_basis(theta.to(U0.dtype), U0, AU0, AAU0)
+            return _rotate_basis(theta.to(U0.dtype), U0, AU0, AAU0)
 
 
 class Subspace(Full):
@@ -268,12 +304,12 @@ class Subspace(Full):
         zs = kv.flatten(-3).chunk(len(self.bases), dim=-1)  # [K, V] together, or K and V
         thetas = [b.theta(z, self.chunk_size) for b, z in zip(self.bases, zs) if b.rotated]
         Us = [b.rotate(t, b.U0, b.AU0, b.AAU0) for b, t in zip(self.bases, thetas)] or self.params
-        return (*(kernels.compress(z, U) for z, U in zip(zs, Us)), *thetas)
+        return (*(_compress(z, U) for z, U in zip(zs, Us)), *thetas)
 
-    def expand(self, payload, params):
+    def expand(self, payload, tokens, params):
         thetas = payload[len(self.bases):]
         Us = [Basis.rotate(theta, *params[3 * i:3 * i + 3]) for i, theta in enumerate(thetas)]
-        zs = [kernels.expand(z, U) for z, U in zip(payload, Us or params)]
+        zs = [_expand(z, U) for z, U in zip(payload, Us or params)]
         return (torch.cat(zs, -1) if zs[1:] else zs[0]).unflatten(-1, (2, *self.shape))
 
 
@@ -332,13 +368,14 @@ class Attention(nn.Module):
         payload = self.active_codec.compress(kv) if self.active_codec else ()
         return kernels.rope(q, table), kernels.rope(kv[:, :, 0], table), kv, payload
 
-    def attend(self, q, k, kv, payload, ring, table, run):
+    def attend(self, q, k, kv, payload, ring, table):
         """What comes between the projections; nothing else crosses the wire. -> (B, T, H, hd)"""
         T, codec = q.shape[1], self.active_codec
         span = self.config.chunk_size if self.config.exact_local or not codec else 0
         if type(codec) is Full and codec.wire_dtype == 'compute':  # exact anyway: one piece, or on
             span = T // min(2, ring.world_size)  # a ring the two halves of `ring.visible`
-        return attend(ring, q, k, kv[:, :, 1], payload, codec, table, span, run)
+        params = codec.params if codec else ()
+        return attend(ring, q, k, kv[:, :, 1], payload, codec, params, table, None, span)
 
 
 class MLP(nn.Module):
@@ -355,7 +392,9 @@ class MLP(nn.Module):
 
 def recomputed(f, *args):
     """f(*args), keeping nothing of what f computes: backward computes it once more."""
-    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
+    contexts = nullcontext(), kernels.compiling(kernels.is_compiling())
+    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False,
+                      context_fn=lambda: contexts)
 
 
 class Block(nn.Module):
@@ -366,18 +405,19 @@ class Block(nn.Module):
         self.ln_1, self.attn = Norm(config.n_embd, eps=1e-5), Attention(config, layer)
         self.ln_2, self.mlp = Norm(config.n_embd, eps=1e-5), MLP(config)
 
+    @kernels.fused
     def before(self, x, table):
         return self.attn.project(self.ln_1(x), table)
 
+    @kernels.fused
     def after(self, x, y):
         x = x + self.attn.c_proj(y.flatten(2))
         return x + self.mlp(self.ln_2(x))
 
-    def forward(self, x, ring, table, run):
-        """x: (B, T, n_embd); table: RoPE's, (world_size, T, 2, hd); run: eager or compiled."""
-        y = self.attn.attend(*run(self.before)(x, table[ring.rank]), ring, table, run)
-        after = run(self.after)
-        return recomputed(after, x, y) if self.config.recompute else after(x, y)
+    def forward(self, x, ring, table):
+        """x: (B, T, n_embd); table: RoPE's, (world_size, T, 2, hd)."""
+        y = self.attn.attend(*self.before(x, table[ring.rank]), ring, table)
+        return recomputed(self.after, x, y) if self.config.recompute else self.after(x, y)
 
 
 class GPT(nn.Module):
@@ -387,7 +427,6 @@ class GPT(nn.Module):
     def __init__(self, config, ring=None):
         super().__init__()
         self.config, self.ring = config, ring or Ring()
-        self.run = kernels.compiled if config.compile else kernels.eager
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = Norm(config.n_embd, eps=1e-5)
@@ -410,6 +449,10 @@ class GPT(nn.Module):
         No loss (None) without targets, no logits (None) beside a loss with config.recompute.
         Raises ValueError if the sequence is too long, or a shard is no multiple of two chunks.
         """
+        with kernels.compiling(self.config.compile):
+            return self._forward(idx, targets, n_targets)
+
+    def _forward(self, idx, targets, n_targets):
         x = self.hidden(idx)
         if targets is None:
             return self.logits(x), None
@@ -432,7 +475,7 @@ class GPT(nn.Module):
         idx = F.pad(idx, (0, -n % config.chunk_size))
         x, table = self.wte(idx), self.table_of(idx)
         for block in self.h:
-            x = block(x, self.ring, table, self.run)
+            x = block(x, self.ring, table)
         return x[:, :n]
 
     def table_of(self, idx):
@@ -445,14 +488,14 @@ class GPT(nn.Module):
 
     def losses(self, x, targets):
         """-> logits (None with config.recompute) and each token's loss (B, T), 0 if ignored."""
-        run = self.run(self._losses)
         if not self.config.recompute:
-            return run(x, targets)
+            return self._losses(x, targets)
         # a few tokens at a time: the logits of a long sequence are larger than all the rest
         pieces = zip(*(t.split(self.loss_tokens, dim=1) for t in (x, targets)))
-        losses = [recomputed(lambda *piece: run(*piece)[1], *piece) for piece in pieces]
+        losses = [recomputed(lambda *piece: self._losses(*piece)[1], *piece) for piece in pieces]
         return None, torch.cat(losses, dim=1)
 
+    @kernels.fused
     def _losses(self, x, targets):
         logits = self.logits(x)
         flat = logits.flatten(0, 1).to(kernels.accumulation_dtype(logits.dtype))
@@ -487,7 +530,7 @@ class GPT(nn.Module):
                 with torch.autocast(z.device.type, enabled=False):  # float32 at least
                     z = z.to(kernels.accumulation_dtype(z.dtype))
                     moments.append(z.T @ z)
-            x = x if idx is None else block(x, self.ring, table, self.run)
+            x = x if idx is None else block(x, self.ring, table)
         return moments
 
     # -- nanoGPT's interface
@@ -527,7 +570,7 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """Continue idx (B, T) on this process alone -> (B, T + max_new_tokens)."""
         alone = copy.copy(self)  # the same weights
-        alone.ring, alone.run = Ring(), kernels.eager  # every length would be compiled
+        alone.ring, alone.config = Ring(), dataclasses.replace(self.config, compile=False)
         for _ in range(max_new_tokens):
             logits = alone(idx[:, -self.config.block_size:])[0][:, -1].float() / temperature
             if top_k is not None:
