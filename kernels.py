@@ -1,6 +1,6 @@
 """
-The arithmetic: attention of queries over one block of keys and the merge of several such blocks,
-rotary embedding, and rounding to 8 or 4 bits.
+The arithmetic: attention of queries over one shard's keys and the merge of several shards, rotary
+embedding, and rounding to 8 or 4 bits.
 
 Nothing here knows of processes or models. Everywhere the sequence is dimension 1: q, k, v and out
 are (B, T, H, hd), lse is (B, T, H); only the wrappers of PyTorch's attention kernels transpose.
@@ -190,103 +190,102 @@ def attention_backward(dout, q, k, v, out, lse, causal, backend):
 
 
 # -----------------------------------------------------------------------------
-# Attention over a block: several kernels on views of the same tensors
+# Attention over a shard's keys and values: several kernels on views of the same tensors
 
 class Call(NamedTuple):
     """
-    One attention kernel: queries and keys are cut into pieces of `size` tokens; in each piece the
-    tokens `queries` attend to the tokens `keys`.
+    One attention kernel: queries and keys are cut into equal pieces, each a sequence of its own, in
+    which the tokens `queries` attend to the tokens `keys`.
     """
-    size: int
+    pieces: int
     queries: slice
     keys: slice
     causal: bool
 
 
-def cut(x, size, part):
+def cut(x, pieces, part):
     """
-    x (B, T, ...) in pieces of `size` tokens, each a sequence of its own, and of each the slice
-    `part`: a view (B * T / size, tokens in part, ...).
+    Of each of so many equal pieces of x (B, T, ...) the tokens `part`: a view
+    (B * pieces, tokens in part, ...).
     """
-    return x.view(-1, size, *x.shape[2:])[:, part]
+    return x.view(x.shape[0] * pieces, -1, *x.shape[2:])[:, part]
 
 
-def merge(out, lse, block_out, block_lse):
+def merge(out, lse, other_out, other_lse):
     """
     Two attentions of the same queries over disjoint keys become the attention over all of them, in
-    place of the first. out, block_out: (B, T, H, hd); lse, block_lse: (B, T, H).
+    place of the first. out, other_out: (B, T, H, hd); lse, other_lse: (B, T, H).
 
     The second's share of the joint softmax denominator is e^b / (e^a + e^b) = sigmoid(b - a), which
     cannot overflow (as in ring-flash-attention).
     """
-    share = torch.sigmoid(block_lse - lse).unsqueeze(-1)
-    out.lerp_(block_out.to(out.dtype), share)
-    lse.copy_(torch.logaddexp(lse, block_lse))
+    share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
+    out.lerp_(other_out.to(out.dtype), share)
+    lse.copy_(torch.logaddexp(lse, other_lse))
 
 
 @fused
 def merge_all(out, lse, parts, calls):
     """Merge the (out, lse) of every call, in float32 at least."""
-    for (part, part_lse), call in zip(parts, calls):
+    for (part, part_lse), c in zip(parts, calls):
         out, lse = out.to(lse.dtype).contiguous(), lse.contiguous()
-        merge(cut(out, call.size, call.queries), cut(lse, call.size, call.queries), part, part_lse)
+        merge(cut(out, c.pieces, c.queries), cut(lse, c.pieces, c.queries), part, part_lse)
     return out, lse
 
 
-def add_parts(total, parts, cuts, shape):
+def add_part(total, part, pieces, where, shape):
     """
-    total + the sum of parts, each added to what `cut` with its (size, slice) of cuts is a view of:
-    float32 at least. total None: zeros. A single part that covers everything stays as it is.
+    Add `part`, a gradient of what `cut(x, pieces, where)` shows of a tensor x of this shape, to
+    total, the gradient of x so far (None: nothing). Returns it in float32 at least, in which many
+    can be added up; but a part that is all of x stays as it is.
     """
-    for part, (size, where) in zip(parts, cuts):
-        if total is None and part.numel() == shape.numel():
-            total = part.reshape(shape)
-        else:
-            dtype = accumulation_dtype(part.dtype)
-            total = part.new_zeros(shape, dtype=dtype) if total is None else total.to(dtype)
-            total = total.contiguous()
-            cut(total, size, where).add_(part)
+    if total is None and part.numel() == shape.numel():
+        return part.reshape(shape)
+    dtype = accumulation_dtype(part.dtype)
+    total = part.new_zeros(shape, dtype=dtype) if total is None else total.to(dtype).contiguous()
+    cut(total, pieces, where).add_(part)
     return total
 
 
 @fused
-def add_all(dq, grads, calls, q, k):
-    """dq, plus every call's, and the sums of dk and dv."""
-    dqs, dks, dvs = zip(*grads)
-    queries = [(call.size, call.queries) for call in calls]
-    keys = [(min(call.size, k.shape[1]), call.keys) for call in calls]
-    dk, dv = (add_parts(None, parts, keys, k.shape).to(k.dtype) for parts in (dks, dvs))
-    return add_parts(dq, dqs, queries, q.shape), dk, dv
+def add_gradients(dq, grads, calls, q, k):
+    """-> dq plus that of every call, and the calls' dk and dv (B, S, Hkv, hd) added up."""
+    dk = dv = None
+    for (dq_part, dk_part, dv_part), c in zip(grads, calls):
+        dq = add_part(dq, dq_part, c.pieces, c.queries, q.shape)
+        dk = add_part(dk, dk_part, c.pieces, c.keys, k.shape)
+        dv = add_part(dv, dv_part, c.pieces, c.keys, k.shape)
+    return dq, dk.to(k.dtype), dv.to(k.dtype)
 
 
-def block_forward(q, k, v, calls, backend, out=None, lse=None):
+def shard_forward(q, k, v, calls, backend, out=None, lse=None):
     """
-    Attention of q over one block of keys: every call, merged with what earlier blocks have left in
-    out and lse. Without those it is the first block, and its first call covers every query.
+    Attention of q over one shard's keys: every call, merged with what earlier shards have left in
+    out and lse. Without those it is the first shard, and its first call covers every query.
 
-    q: (B, T, H, hd), k, v: (B, S, Hkv, hd), S <= T, all contiguous in B and T. Returns out
-    (B, T, H, hd) and lse (B, T, H), float32 at least; after one call alone out has q's dtype.
+    q: (B, T, H, hd), k, v: (B, S, Hkv, hd), all contiguous in B and T. Returns out (B, T, H, hd)
+    and lse (B, T, H), float32 at least; after one call alone out has q's dtype.
     """
-    parts = [attention_forward(cut(q, c.size, c.queries),
-                               *(cut(t, min(c.size, t.shape[1]), c.keys) for t in (k, v)),
-                               c.causal, backend) for c in calls]
+    parts = [attention_forward(cut(q, c.pieces, c.queries), cut(k, c.pieces, c.keys),
+                               cut(v, c.pieces, c.keys), c.causal, backend) for c in calls]
     if out is None:
         (out, lse), parts, calls = parts[0], parts[1:], calls[1:]
         out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
     return merge_all(out, lse, parts, calls) if calls else (out, lse)
 
 
-def block_backward(dout, q, k, v, out, lse, calls, backend, dq=None):
+def shard_backward(dout, q, k, v, out, lse, calls, backend, dq=None):
     """
-    Gradients of attention over one block. out, lse: those after *all* blocks. dq: the sum over
-    earlier blocks, or None. Returns dq, with this block's share, and the block's dk and dv
+    Gradients of attention over one shard's keys. out, lse: those after *all* shards. dq: the sum
+    over earlier shards, or None. Returns dq, with this shard's share, and its dk and dv
     (B, S, Hkv, hd).
     """
-    grads = [attention_backward(*(cut(t, c.size, c.queries) for t in (dout, q)),
-                                *(cut(t, min(c.size, t.shape[1]), c.keys) for t in (k, v)),
-                                *(cut(t, c.size, c.queries) for t in (out, lse)),
-                                c.causal, backend) for c in calls]
-    return add_all(dq, grads, calls, q, k)
+    def gradients(c):
+        dout_, q_, out_, lse_ = (cut(t, c.pieces, c.queries) for t in (dout, q, out, lse))
+        k_, v_ = (cut(t, c.pieces, c.keys) for t in (k, v))
+        return attention_backward(dout_, q_, k_, v_, out_, lse_, c.causal, backend)
+    grads = [gradients(c) for c in calls]
+    return add_gradients(dq, grads, calls, q, k)
 
 
 # -----------------------------------------------------------------------------

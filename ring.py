@@ -61,35 +61,211 @@ def positions(n_tokens, world_size, device):
 
 def visible(rank, source, T, span):
     """
-    The attention kernels that the queries of `rank` need over the block of rank `source`, both of T
+    The attention kernels that the queries of `rank` need over the shard of rank `source`, both of T
     tokens: a tuple of `Call`. source None: over their own keys and values as they are, within
-    pieces of `span` tokens.
+    pieces of `span` tokens, which divides T.
 
-    span 0: there is no such exact part, and the own block is as good as another rank's. Otherwise
-    T / 2 is a multiple of span (T, on one rank), and of the own block what is below the diagonal
-    is left, here for four pieces: their back half sees their front half (a), and each half is such
-    a triangle again (b). An odd number of pieces cannot be halved: one at a time sees all before.
+    span 0: there is no such exact part, and the own shard is as good as another rank's. Otherwise
+    what is below the diagonal is left of the own shard. For eight pieces (a row for each piece's
+    queries, a column for its keys; . is exact) three kernels do it: the back half sees the front
+    half (a), and of each half, now a sequence of its own, the same (b), and once more (c).
 
         .
-        b .
-        a a .
-        a a b .
+        c .
+        b b .
+        b b c .
+        a a a a .
+        a a a a c .
+        a a a a b b .
+        a a a a b b c .
+
+    An odd number of pieces has no halves: one at a time sees all before it.
     """
     everything, front, back = slice(0, T), slice(0, T // 2), slice(T // 2, T)
     if source is None:
-        return (kernels.Call(span, slice(0, span), slice(0, span), True),)
+        return (kernels.Call(T // span, slice(0, span), slice(0, span), True),)
     if source < rank:
-        return (kernels.Call(T, everything, front, False),)
+        return (kernels.Call(1, everything, front, False),)
     if source > rank:
-        return (kernels.Call(T, back, everything, False),)
+        return (kernels.Call(1, back, everything, False),)
     if not span:
-        return (kernels.Call(T, everything, everything, True),)
-    calls, size = [], T
-    while size // span % 2 == 0:
-        calls.append(kernels.Call(size, slice(size // 2, size), slice(0, size // 2), False))
-        size //= 2
-    return (*calls, *(kernels.Call(size, slice(start, start + span), slice(0, start), False)
-                      for start in range(span, size, span)))
+        return (kernels.Call(1, everything, everything, True),)
+    calls, n_sequences, n_pieces = [], 1, T // span  # of each sequence
+    while n_pieces % 2 == 0:
+        half = n_pieces // 2 * span
+        calls.append(kernels.Call(n_sequences, slice(half, 2 * half), slice(0, half), False))
+        n_sequences, n_pieces = 2 * n_sequences, n_pieces // 2
+    for start in range(span, n_pieces * span, span):
+        calls.append(kernels.Call(n_sequences, slice(start, start + span), slice(0, start), False))
+    return tuple(calls)
+
+
+# -----------------------------------------------------------------------------
+# Ring attention
+
+def attend(ring, q, k, v, payload, codec, params, table, tokens, span):
+    """
+    Causal attention of this rank's queries over the keys and values of the whole ring (Liu et al.
+    2023), where what travels is a payload that a codec turns into keys and values.
+
+    q: (B, T, H, hd), k, v: (B, T, Hkv, hd): this rank's T tokens, q and k with RoPE.
+    payload: tuple of tensors (B, S, ...), S any divisor of T: a token's numbers, a chunk's numbers.
+        Same shapes on every rank. Floating-point ones get gradients.
+    codec: what stands behind the payload; None: nothing is sent.
+        .pack(payload) -> the tensors that travel, .unpack(those, sizes, dtype) -> payload: a lossy
+            last step whose gradient is the identity. With gradient=True, the same for the gradients
+            of its floating-point tensors.
+        .expand(payload, tokens, params) -> (B, S, 2, Hkv, hd), keys before RoPE and values, of any
+            first part of a block. tokens: (B, S), that part's token numbers, or None.
+        .keep: hold what has arrived until backward instead of sending it a second time. Right for a
+            small payload; uncompressed it would undo the memory saving of context parallelism.
+    params: the tensors that `expand` uses, on every block this rank's own. They get the gradient of
+        this rank's queries: sum over ranks, as for any weight.
+    table: (world_size, T, 2, hd): `kernels.rope_table` at the positions of every rank's tokens.
+    tokens: (world_size, B, T) int64: the token numbers of every rank's shard in its local order;
+        None, if `expand` needs none.
+    span: within pieces of so many tokens queries see k and v as they are; all else comes through
+        the codec, also what lies on this rank. 0: everything comes through the codec.
+
+    Returns (B, T, H, hd) in q's dtype. Accumulates in float32 at least.
+    """
+    s = _Spec(ring, codec, table, tokens, span, [t.shape[-1] for t in payload],
+              kernels.attention_backend(q.device.type, q.dtype, q.shape[-1]),
+              kernels.is_compiling())
+    return _Attend.apply(s, q, k, v, *payload, *params)
+
+
+@dataclass
+class _Spec:
+    """What `attend` is given besides the tensors it differentiates, for both passes."""
+    ring: 'Ring'
+    codec: Any
+    table: torch.Tensor
+    tokens: torch.Tensor | None
+    span: int
+    sizes: list  # of the payload's last dimensions
+    backend: str
+    compiling: bool  # the backward pass runs in another thread
+
+    @property
+    def ahead(self):
+        """How many exchanges are posted before the first is waited for."""
+        return self.ring.world_size if self.codec.keep else 1
+
+    def calls(self, source):
+        return visible(self.ring.rank, source, self.table.shape[1], self.span)
+
+    def rebuild(self, payload, params, source):
+        """-> keys with RoPE and values (B, S, Hkv, hd) of what any query here sees of a shard."""
+        T, tokens = self.table.shape[1], self.tokens
+        n_tokens = T // 2 if source < self.ring.rank else T
+        return _rebuild(self.codec, payload, None if tokens is None else tokens[source], params,
+                        self.table[source], n_tokens)
+
+
+@kernels.fused
+def _rebuild(codec, payload, tokens, params, table, n_tokens):
+    part = [t[:, :t.shape[1] * n_tokens // len(table)] for t in payload]
+    kv = codec.expand(part, None if tokens is None else tokens[:, :n_tokens], params)
+    return kernels.rope(kv[:, :, 0], table[:n_tokens]), kv[:, :, 1]
+
+
+@kernels.fused
+def _add_up(codec, total, wire, sizes, dtype):
+    """total plus the gradient that came as `wire`. Sums are in `dtype`; one alone stays."""
+    found = codec.unpack(wire, sizes, dtype, gradient=True)
+    return found if total is None else [t.to(dtype) + f for t, f in zip(total, found)]
+
+
+class _Attend(torch.autograd.Function):
+    """
+    Forward, over all shards, each with keys and values K, V = RoPE(expand(payload)):
+
+        P = exp(Q K^T / sqrt(hd) - lse)     lse: the log of the softmax's denominator
+        out = sum of P V                    found shard by shard, see `kernels.merge`
+
+    Backward. P needs only lse to be computed again, so each shard has its share by itself:
+
+        dV = P^T dout                       dS = P * (dout V^T - rowsum(dout * out)) / sqrt(hd)
+        dK = dS^T Q                         dQ = sum of dS K
+    """
+
+    @staticmethod
+    def forward(ctx, s, q, k, v, *tensors):
+        payload, params = tensors[:len(s.sizes)], tensors[len(s.sizes):]
+        out = lse = None
+        own, arriving, ctx.shards = [], [], []
+        ctx.spec, ctx.floating = s, [t.is_floating_point() for t in payload]
+        with torch.autocast(q.device.type, enabled=False):
+            # 1. Our payload leaves for all other ranks, and theirs are under way to us.
+            if s.codec:
+                wire = s.codec.pack([t.detach() for t in payload])
+                own, arriving = [(s.ring.rank, wire)], s.ring.circulate(wire, 'fwd', s.ahead)
+            # 2. Meanwhile our queries attend to our own keys and values as they are,
+            if s.span:
+                out, lse = kernels.shard_forward(q, k, v, s.calls(None), s.backend)
+            # 3. and to those rebuilt from each payload, our own first: of all that they may see.
+            for source, wire in chain(own, arriving):
+                if source == s.ring.rank or s.codec.keep:
+                    ctx.shards.append((source, wire))
+                if calls := s.calls(source):
+                    keys, values = s.rebuild(
+                        s.codec.unpack(wire, s.sizes, q.dtype), params, source)
+                    out, lse = kernels.shard_forward(q, keys, values, calls, s.backend, out, lse)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, *params)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        s, (q, k, v, out, lse, *params) = ctx.spec, ctx.saved_tensors
+        if ctx.shards is None:
+            raise RuntimeError('a second backward through ring attention: what arrived is gone')
+        dout, dq, dk, dv = dout.contiguous(), None, None, None
+        # leaves of small graphs, one a shard, which all add to their .grad
+        params = [p.detach().requires_grad_(p.requires_grad) for p in params]
+        dpayload, coming = None, deque()  # the gradient of our own payload; exchanges under way
+        sum_dtype = kernels.accumulation_dtype(q.dtype)
+        with torch.autocast(q.device.type, enabled=False), kernels.compiling(s.compiling):
+            # 1. The payloads: those that were too large to keep travel a second time.
+            own, others = ctx.shards[:1], ctx.shards[1:]
+            if s.codec and not s.codec.keep:
+                others = s.ring.circulate(own[0][1], 'bwd', s.ahead)
+            # 2. Meanwhile what is due to our own keys and values as they are: dQ, dK, dV.
+            if s.span:
+                dq, dk, dv = kernels.shard_backward(
+                    dout, q, k, v, out, lse, s.calls(None), s.backend)
+            # Our own shard comes last: it hides the way of the last gradient.
+            for source, wire in chain(others, own):
+                if not (calls := s.calls(source)):
+                    continue
+                # 3. K and V of a shard once more, as a graph from its payload and the params.
+                payload = [t.detach().requires_grad_(t.is_floating_point())
+                           for t in s.codec.unpack(wire, s.sizes, q.dtype)]
+                with torch.enable_grad():
+                    keys, values = s.rebuild(payload, params, source)
+                # 4. What is due to it: our queries' share of its dK and dV, its share of our dQ.
+                dq, dkeys, dvalues = kernels.shard_backward(
+                    dout, q, keys.detach(), values.detach(), out, lse, calls, s.backend, dq)
+                # 5. From dK and dV through `expand` to the gradients of payload and params.
+                torch.autograd.backward((keys, values), (dkeys, dvalues))
+                sent = s.codec.pack([t.grad for t in payload if t.requires_grad], gradient=True)
+                # 6. The payload's goes to the shard's owner, and from where we are seen ours comes.
+                #    Our own share is rounded as if it too had travelled: the same noise with few
+                #    ranks as with many.
+                hops = source - s.ring.rank
+                coming.append(s.ring.exchange(sent, hops, 'bwd') if hops else lambda own=sent: own)
+                if len(coming) > s.ahead:
+                    dpayload = _add_up(s.codec, dpayload, coming.popleft()(), s.sizes, sum_dtype)
+            # 7. The params' gradients stay: every rank has its queries' share. Ours are added up.
+            for wait in coming:
+                dpayload = _add_up(s.codec, dpayload, wait(), s.sizes, sum_dtype)
+        ctx.shards = None  # autograd may hold ctx for longer
+        dpayload = iter(dpayload or [])
+        return (None, dq.to(q.dtype), dk, dv,
+                *(next(dpayload, None) if f else None for f in ctx.floating),
+                *(p.grad for p in params))
 
 
 # -----------------------------------------------------------------------------
@@ -114,60 +290,6 @@ def waiting(whom, what):
         reason = re.sub(r'^\[[^]]*\] *', '', str(e)).split('\n')[0].split('. ')[0]
         raise PeerError(
             f'rank {dist.get_rank()} waited for {whom} in {what} and gave up: {reason}') from e
-
-
-class Link:
-    """
-    A slow full-duplex link between this rank and all others, dialled on top of the real transfers:
-    what is sent leaves through one queue of `mbps` megabits a second, what is received arrives
-    through another, in the order in which it is waited for, and in between lie `latency_ms`
-    milliseconds, one way. mbps 0: no limit.
-
-    Clocks of several machines must agree to better than the latency.
-    """
-    clock, sleep = staticmethod(time.time), staticmethod(time.sleep)
-
-    def __init__(self, mbps=0.0, latency_ms=0.0):
-        self.dialled = mbps > 0 or latency_ms > 0
-        self.seconds_per_byte = 8e-6 / mbps if mbps else 0.0
-        self.latency = latency_ms / 1e3
-        self.sent_until = self.received_until = 0.0
-        self.first = None  # an earlier CUDA event, and its time
-
-    def send(self, n_bytes, now):
-        """Queue n_bytes for sending at time `now` (s) -> the time when the last of them leaves."""
-        self.sent_until = max(self.sent_until, now) + n_bytes * self.seconds_per_byte
-        return self.sent_until
-
-    def receive(self, n_bytes, left):
-        """The time when n_bytes, the last of which left their sender at `left`, have arrived."""
-        self.received_until = max(self.received_until + n_bytes * self.seconds_per_byte,
-                                  left + self.latency)
-        return self.received_until
-
-    def sleep_until(self, moment):
-        self.sleep(max(0.0, moment - self.clock()))
-
-    def computed(self, device):
-        """
-        -> a function that waits until all that was launched before this call is computed, since
-        only that can be sent, and returns the time when it was.
-        """
-        now = self.clock()
-        if device.type != 'cuda':
-            return lambda: now
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        if self.first is None or now > self.first[1] + 60:  # the two clocks drift
-            event.synchronize()
-            self.first = event, self.clock()
-
-        first, at = self.first
-
-        def moment():
-            event.synchronize()
-            return at + first.elapsed_time(event) / 1e3
-        return moment
 
 
 class Ring:
@@ -267,33 +389,6 @@ class Ring:
         return tensor
 
 
-class Rehearsal(Ring):
-    """
-    The middle rank of a ring of `world_size`, played by one process alone: what would come from
-    another rank is a copy of our own, no earlier than the link allows. Compute, memory and bytes
-    are those of a real rank, as zigzag makes all alike; the results mean nothing.
-    """
-
-    def __init__(self, world_size, link=None):
-        super().__init__(None, link)
-        self.rank, self.world_size = world_size // 2, world_size
-
-    def exchange(self, tensors, hop, phase):
-        received = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
-        n_bytes, link = sum(t.nbytes for t in received), self.link
-        self.count(phase, n_bytes)
-        computed = link.computed(received[0].device)
-
-        def wait():
-            if link.dialled:
-                link.sleep_until(link.receive(n_bytes, link.send(n_bytes, computed())))
-            return received
-        return wait
-
-    def all_reduce(self, tensor, what, op=dist.ReduceOp.SUM, group=None):
-        return tensor.mul_(self.world_size) if op == dist.ReduceOp.SUM else tensor
-
-
 @torch.no_grad()
 def average(tensors, ring):
     """
@@ -322,164 +417,87 @@ def average(tensors, ring):
 
 
 # -----------------------------------------------------------------------------
-# Ring attention
+# A slow link, and a ring played by one process
 
-def attend(ring, q, k, v, payload, codec, params, table, tokens, span):
+class Link:
     """
-    Causal attention of this rank's queries over the keys and values of the whole ring (Liu et al.
-    2023), where what travels is a payload that a codec turns into keys and values.
+    A slow full-duplex link between this rank and all others, dialled on top of the real transfers:
+    what is sent leaves through one queue of `mbps` megabits a second, what is received arrives
+    through another, in the order in which it is waited for, and in between lie `latency_ms`
+    milliseconds, one way. mbps 0: no limit.
 
-    q: (B, T, H, hd), k, v: (B, T, Hkv, hd): this rank's T tokens, q and k with RoPE.
-    payload: tuple of tensors (B, S, ...), S any divisor of T: a token's numbers, a chunk's numbers.
-        Same shapes on every rank. Floating-point ones get gradients.
-    codec: what stands behind the payload; None: nothing is sent.
-        .pack(payload) -> the tensors that travel, .unpack(those, sizes, dtype) -> payload: a lossy
-            last step whose gradient is the identity. With gradient=True, the same for the gradients
-            of its floating-point tensors.
-        .expand(payload, tokens, params) -> (B, S, 2, Hkv, hd), keys before RoPE and values, of any
-            first part of a block. tokens: (B, S), that part's token numbers, or None.
-        .keep: hold what has arrived until backward instead of sending it a second time. Right for a
-            small payload; uncompressed it would undo the memory saving of context parallelism.
-    params: the tensors that `expand` uses, on every block this rank's own. They get the gradient of
-        this rank's queries: sum over ranks, as for any weight.
-    table: (world_size, T, 2, hd): `kernels.rope_table` at the positions of every rank's tokens.
-    tokens: (world_size, B, T) int64: the token numbers of every rank's shard in its local order;
-        None, if `expand` needs none.
-    span: within pieces of so many tokens queries see k and v as they are; all else comes through
-        the codec, also what lies on this rank. 0: everything comes through the codec.
-
-    Returns (B, T, H, hd) in q's dtype. Accumulates in float32 at least.
+    Clocks of several machines must agree to better than the latency.
     """
-    backend = kernels.attention_backend(q.device.type, q.dtype, q.shape[-1])
-    spec = _Spec(ring, codec, table, tokens, span, kernels.is_compiling(), backend,
-                 [t.shape[-1] for t in payload], [t.is_floating_point() for t in payload])
-    return _Attend.apply(spec, q, k, v, *payload, *params)
+    clock, sleep = staticmethod(time.time), staticmethod(time.sleep)
+
+    def __init__(self, mbps=0.0, latency_ms=0.0):
+        self.dialled = mbps > 0 or latency_ms > 0
+        self.seconds_per_byte = 8e-6 / mbps if mbps else 0.0
+        self.latency = latency_ms / 1e3
+        self.sent_until = self.received_until = 0.0
+        self.first = None  # an earlier CUDA event, and its time
+
+    def send(self, n_bytes, now):
+        """Queue n_bytes for sending at time `now` (s) -> the time when the last of them leaves."""
+        self.sent_until = max(self.sent_until, now) + n_bytes * self.seconds_per_byte
+        return self.sent_until
+
+    def receive(self, n_bytes, left):
+        """The time when n_bytes, the last of which left their sender at `left`, have arrived."""
+        self.received_until = max(self.received_until + n_bytes * self.seconds_per_byte,
+                                  left + self.latency)
+        return self.received_until
+
+    def sleep_until(self, moment):
+        self.sleep(max(0.0, moment - self.clock()))
+
+    def computed(self, device):
+        """
+        -> a function that waits until all that was launched before this call is computed, since
+        only that can be sent, and returns the time when it was.
+        """
+        now = self.clock()
+        if device.type != 'cuda':
+            return lambda: now
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        if self.first is None or now > self.first[1] + 60:  # the two clocks drift
+            event.synchronize()
+            self.first = event, self.clock()
+
+        first, at = self.first
+
+        def moment():
+            event.synchronize()
+            return at + first.elapsed_time(event) / 1e3
+        return moment
 
 
-@dataclass
-class _Spec:
-    """Everything about one call of `attend` that is not differentiated."""
-    ring: Ring
-    codec: Any
-    table: torch.Tensor
-    tokens: torch.Tensor | None
-    span: int
-    compiling: bool  # the backward pass runs in another thread
-    backend: str
-    sizes: list  # of the payload's last dimensions
-    floating: list  # which of its tensors have gradients
+class Rehearsal(Ring):
+    """
+    The middle rank of a ring of `world_size`, played by one process alone: what would come from
+    another rank is a copy of our own, no earlier than the link allows. Compute, memory and bytes
+    are those of a real rank, as zigzag makes all alike; the results mean nothing.
+    """
 
-    @property
-    def ahead(self):
-        """How many exchanges are posted before the first is waited for."""
-        return self.ring.world_size if self.codec.keep else 1
+    def __init__(self, world_size, link=None):
+        super().__init__(None, link)
+        self.rank, self.world_size = world_size // 2, world_size
 
-    def calls(self, source):
-        return visible(self.ring.rank, source, self.table.shape[1], self.span)
+    def exchange(self, tensors, hop, phase):
+        received = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+        n_bytes, link = sum(t.nbytes for t in received), self.link
+        self.count(phase, n_bytes)
+        computed = link.computed(received[0].device)
 
-    def unpack(self, wire, dtype):
-        return self.codec.unpack(wire, self.sizes, dtype)
+        def wait():
+            if link.dialled:
+                link.sleep_until(link.receive(n_bytes, link.send(n_bytes, computed())))
+            return received
+        return wait
 
-    def rebuild(self, payload, params, source):
-        """Keys with RoPE, and values, of as much of a block as any query here sees."""
-        T = self.table.shape[1]
-        n_tokens = T // 2 if source < self.ring.rank else T
-        tokens = None if self.tokens is None else self.tokens[source]
-        return _rebuild(self.codec, payload, tokens, params, self.table[source], n_tokens)
-
-
-@kernels.fused
-def _rebuild(codec, payload, tokens, params, table, n_tokens):
-    part = [t[:, :t.shape[1] * n_tokens // len(table)] for t in payload]
-    tokens = None if tokens is None else tokens[:, :n_tokens]
-    kv = codec.expand(part, tokens, params)  # (B, n_tokens, 2, Hkv, hd)
-    return kernels.rope(kv[:, :, 0], table[:n_tokens]), kv[:, :, 1]
-
-
-@kernels.fused
-def _add_up(codec, total, wire, sizes, dtype):
-    """total plus the gradient that came as `wire`. Sums are in `dtype`; one alone stays."""
-    found = codec.unpack(wire, sizes, dtype, gradient=True)
-    return found if total is None else [t.to(dtype) + f for t, f in zip(total, found)]
-
-
-class _Attend(torch.autograd.Function):
-
-    @staticmethod
-    def forward(ctx, s, q, k, v, *tensors):
-        payload, params = tensors[:len(s.sizes)], tensors[len(s.sizes):]
-        own, arriving, out, lse, ctx.blocks = [], [], None, None, []
-        with torch.autocast(q.device.type, enabled=False):
-            if s.codec:
-                wire = s.codec.pack([t.detach() for t in payload])
-                own = [(s.ring.rank, wire)]
-                arriving = s.ring.circulate(wire, 'fwd', s.ahead)
-            if s.span:  # this and the own block hide the way of the first that arrives
-                out, lse = kernels.block_forward(q, k, v, s.calls(None), s.backend)
-            for source, wire in chain(own, arriving):
-                if source == s.ring.rank or s.codec.keep:
-                    ctx.blocks.append((source, wire))
-                if calls := s.calls(source):
-                    block = s.rebuild(s.unpack(wire, q.dtype), params, source)
-                    out, lse = kernels.block_forward(q, *block, calls, s.backend, out, lse)
-        out, ctx.spec = out.to(q.dtype), s
-        ctx.save_for_backward(q, k, v, out, lse, *params)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
-        s, (q, k, v, out, lse, *params) = ctx.spec, ctx.saved_tensors
-        dout = dout.contiguous()
-        if ctx.blocks is None:
-            raise RuntimeError('a second backward through ring attention: what arrived is gone')
-        learned = ctx.needs_input_grad[4 + len(s.sizes):]
-        params = [p.detach().requires_grad_(need) for p, need in zip(params, learned)]
-        dq = dk = dv = total = None
-        dparams, returning = [None] * sum(learned), deque()  # gradients of our own payload
-
-        def collect(n_left):
-            nonlocal total
-            while len(returning) > n_left:
-                total = _add_up(s.codec, total, returning.popleft()(), s.sizes,
-                                kernels.accumulation_dtype(q.dtype))
-
-        with torch.autocast(q.device.type, enabled=False), kernels.compiling(s.compiling):
-            own, others = ctx.blocks[:1], ctx.blocks[1:]
-            if s.codec and not s.codec.keep:
-                others = s.ring.circulate(own[0][1], 'bwd', s.ahead)
-            if s.span:
-                dq, dk, dv = kernels.block_backward(
-                    dout, q, k, v, out, lse, s.calls(None), s.backend)
-            # the own block comes last: it hides the way of the last gradient
-            for source, wire in chain(others, own):
-                if not (calls := s.calls(source)):
-                    continue
-                # 1. Rebuild keys and values, with a graph that ends at the payload and the params.
-                payload = [t.detach().requires_grad_(f)
-                           for t, f in zip(s.unpack(wire, q.dtype), s.floating)]
-                with torch.enable_grad():
-                    block = s.rebuild(payload, params, source)
-                # 2. Gradients of attention: our share of dq, all that our queries add to dk and dv.
-                dq, *dblock = kernels.block_backward(
-                    dout, q, *(t.detach() for t in block), out, lse, calls, s.backend, dq)
-                # 3. From dk and dv through `expand` to the payload and the params.
-                leaves = [t for t in (*payload, *params) if t.requires_grad]
-                grads, n = torch.autograd.grad(block, leaves, dblock), sum(s.floating)
-                dparams = [g if d is None else d + g for d, g in zip(dparams, grads[n:])]
-                # 4. The payload's gradient goes to the block's owner, h ranks back; ours comes
-                #    from h ranks ahead. Our own share is rounded as if it too had travelled: with
-                #    few ranks the same noise as with many.
-                packed = s.codec.pack(grads[:n], gradient=True)
-                returning.append(functools.partial(list, packed) if source == s.ring.rank else
-                                 s.ring.exchange(packed, source - s.ring.rank, 'bwd'))
-                collect(n_left=s.ahead)
-            collect(n_left=0)  # 5. Add up what comes back.
-        ctx.blocks = None  # autograd may hold ctx for longer
-        dpayload, dparams = iter(total or []), iter(dparams)
-        return (None, dq.to(q.dtype), dk, dv,
-                *(next(dpayload, None) if f else None for f in s.floating),
-                *(next(dparams) if need else None for need in learned))
+    def all_reduce(self, tensor, what, op=dist.ReduceOp.SUM, group=None):
+        return tensor.mul_(self.world_size) if op == dist.ReduceOp.SUM else tensor
 
 
 # -----------------------------------------------------------------------------
