@@ -20,6 +20,7 @@ import gc
 import math
 import statistics
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -592,13 +593,56 @@ class Loss(nn.Module):
         return self.model(*batch)[1]
 
 
-def graphed(model, idx, targets):
+class _Replay(torch.autograd.Function):
+    """The loss of a replayed step, whose backward hands out gradients that are already there."""
+
+    @staticmethod
+    def forward(ctx, loss, gradients, *params):
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, dloss):  # as new tensors: the next replay writes over the old ones
+        return None, None, *torch._foreach_mul(ctx.gradients, dloss)
+
+
+class graphed:
     """
-    Of a model on one process: a function (idx, targets) -> loss whose forward and backward replay
-    CUDA graphs, because to launch the kernels of a small model takes longer than they do. For
-    batches of these shapes and what is sent now, under an autocast that does not cache.
+    A function (idx, targets) -> loss of a model, whose forward and backward are one CUDA graph,
+    because to launch the kernels of a small model takes longer than they do. For batches of these
+    shapes and what is sent now, under an autocast that does not cache. Not over a dialled link,
+    which waits on the host. Destroy it before the process group: NCCL waits for its graphs.
     """
-    return torch.cuda.make_graphed_callables(Loss(model), (idx, targets), allow_unused_input=True)
+
+    def __init__(self, model, idx, targets):
+        self.model, self.batch, meter = model, (idx.clone(), targets.clone()), model.ring.meter
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        before, stream = Counter(meter), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what is made at first use: compiled code, communicators
+            for _ in range(3):
+                found = self.step()[1]
+        torch.cuda.synchronize()
+        self.params = [p for p, g in zip(self.params, found) if g is not None]
+        del found
+        meter.clear()
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: NCCL's watchdog, another thread, goes on asking after finished exchanges
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode='thread_local'):
+            self.loss, self.gradients = self.step()
+        self.counted = Counter(meter)  # by one step: a replay does not pass through Python
+        meter.clear()
+        meter.update(before)
+
+    def step(self):
+        loss = self.model(*self.batch)[1]
+        return loss.detach(), torch.autograd.grad(loss, self.params, allow_unused=True)
+
+    def __call__(self, *batch):
+        torch._foreach_copy_(self.batch, batch)
+        self.graph.replay()
+        self.model.ring.meter.update(self.counted)
+        return _Replay.apply(self.loss, self.gradients, *self.params)
 
 
 # -----------------------------------------------------------------------------
