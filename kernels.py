@@ -258,7 +258,7 @@ def add_gradients(dq, grads, calls, q, k):
     return dq, dk.to(k.dtype), dv.to(k.dtype)
 
 
-def shard_forward(q, k, v, calls, backend, out=None, lse=None):
+def shard_forward(q, k, v, calls, out=None, lse=None):
     """
     Attention of q over one shard's keys: every call, merged with what earlier shards have left in
     out and lse. Without those it is the first shard, and its first call covers every query.
@@ -266,6 +266,7 @@ def shard_forward(q, k, v, calls, backend, out=None, lse=None):
     q: (B, T, H, hd), k, v: (B, S, Hkv, hd), all contiguous in B and T. Returns out (B, T, H, hd)
     and lse (B, T, H), float32 at least; after one call alone out has q's dtype.
     """
+    backend = attention_backend(q.device.type, q.dtype, q.shape[-1])
     parts = [attention_forward(cut(q, c.pieces, c.queries), cut(k, c.pieces, c.keys),
                                cut(v, c.pieces, c.keys), c.causal, backend) for c in calls]
     if out is None:
@@ -274,17 +275,18 @@ def shard_forward(q, k, v, calls, backend, out=None, lse=None):
     return merge_all(out, lse, parts, calls) if calls else (out, lse)
 
 
-def shard_backward(dout, q, k, v, out, lse, calls, backend, dq=None):
+def shard_backward(dout, q, k, v, out, lse, calls, dq=None):
     """
     Gradients of attention over one shard's keys. out, lse: those after *all* shards. dq: the sum
     over earlier shards, or None. Returns dq, with this shard's share, and its dk and dv
     (B, S, Hkv, hd).
     """
-    def gradients(c):
+    backend = attention_backend(q.device.type, q.dtype, q.shape[-1])
+    grads = []
+    for c in calls:
         dout_, q_, out_, lse_ = (cut(t, c.pieces, c.queries) for t in (dout, q, out, lse))
         k_, v_ = (cut(t, c.pieces, c.keys) for t in (k, v))
-        return attention_backward(dout_, q_, k_, v_, out_, lse_, c.causal, backend)
-    grads = [gradients(c) for c in calls]
+        grads.append(attention_backward(dout_, q_, k_, v_, out_, lse_, c.causal, backend))
     return add_gradients(dq, grads, calls, q, k)
 
 
