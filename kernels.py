@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def accumulation_dtype(dtype):
-    """float32 at least: bf16 sums over many blocks lose small terms; float64 stays float64."""
+    """float32 at least: bf16 sums over many shards lose small terms; float64 stays float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -25,6 +25,7 @@ def accumulation_dtype(dtype):
 # torch.compile, for what repeats
 
 _compiling = ContextVar('compiling', default=False)  # every thread has a value of its own
+is_compiling = _compiling.get  # a backward pass, which runs in another thread, must be told
 
 
 @contextmanager
@@ -37,19 +38,14 @@ def compiling(on):
         _compiling.reset(before)
 
 
-def is_compiling():
-    """Is this thread within `compiling(True)`? A backward runs in another thread: tell it."""
-    return _compiling.get()
-
-
 def fused(f):
     """
-    Decorator: compile f, a function or a method, where `compiling` is on. A method is compiled
-    once for all objects, such as layers; what f calls becomes part of it.
+    Decorator: where `compiling` is on, f, a function or a method, runs under torch.compile, with
+    all that it calls. A method is compiled once for all objects, such as layers.
     """
     @functools.cache
     def compiled():
-        torch._dynamo.config.recompile_limit = 64  # shards' parts have several lengths
+        torch._dynamo.config.recompile_limit = 64  # several lengths, with grad and without
         return torch.compile(f, fullgraph=True, dynamic=False)
 
     @functools.wraps(f)
@@ -73,8 +69,8 @@ def cannot_compile():
 # Each is a pair, in PyTorch's own layout (B, H, T, hd),
 #     forward (q, k, v, causal) -> out, lse (B, H, T)
 #     backward(dout, q, k, v, out, lse, causal) -> dq, dk, dv
-# where out and lse in `backward` are those of the *whole* softmax, over all blocks: the
-# probabilities exp(q k - lse) are then the global ones, so the blocks' gradients simply add up.
+# where out and lse in `backward` are those of the *whole* softmax, over all shards: the
+# probabilities exp(q k - lse) are then the global ones, so the shards' gradients simply add up.
 
 def _cpu_forward(q, k, v, causal):
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
@@ -194,8 +190,8 @@ def attention_backward(dout, q, k, v, out, lse, causal, backend):
 
 class Call(NamedTuple):
     """
-    One attention kernel: queries and keys are cut into equal pieces, each a sequence of its own, in
-    which the tokens `queries` attend to the tokens `keys`.
+    One attention kernel: queries and keys are cut into so many equal pieces, each a sequence of its
+    own, in which the tokens `queries` attend to the tokens `keys`.
     """
     pieces: int
     queries: slice
@@ -204,20 +200,16 @@ class Call(NamedTuple):
 
 
 def cut(x, pieces, part):
-    """
-    Of each of so many equal pieces of x (B, T, ...) the tokens `part`: a view
-    (B * pieces, tokens in part, ...).
-    """
+    """Of each of so many pieces of x (B, T, ...) the tokens `part`: a view (B * pieces, n, ...)."""
     return x.view(x.shape[0] * pieces, -1, *x.shape[2:])[:, part]
 
 
 def merge(out, lse, other_out, other_lse):
     """
     Two attentions of the same queries over disjoint keys become the attention over all of them, in
-    place of the first. out, other_out: (B, T, H, hd); lse, other_lse: (B, T, H).
-
-    The second's share of the joint softmax denominator is e^b / (e^a + e^b) = sigmoid(b - a), which
-    cannot overflow (as in ring-flash-attention).
+    place of the first: out (B, T, H, hd), lse (B, T, H). The second's share of the joint softmax
+    denominator is e^b / (e^a + e^b) = sigmoid(b - a), which cannot overflow (as in
+    ring-flash-attention).
     """
     share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
     out.lerp_(other_out.to(out.dtype), share)
@@ -235,9 +227,8 @@ def merge_all(out, lse, parts, calls):
 
 def add_part(total, part, pieces, where, shape):
     """
-    Add `part`, a gradient of what `cut(x, pieces, where)` shows of a tensor x of this shape, to
-    total, the gradient of x so far (None: nothing). Returns it in float32 at least, in which many
-    can be added up; but a part that is all of x stays as it is.
+    Add `part`, a gradient of what `cut(x, pieces, where)` shows of a tensor x of this shape, to the
+    gradient of x so far, total (None: nothing). -> float32 at least; a part that is all of x stays.
     """
     if total is None and part.numel() == shape.numel():
         return part.reshape(shape)
@@ -263,8 +254,8 @@ def shard_forward(q, k, v, calls, out=None, lse=None):
     Attention of q over one shard's keys: every call, merged with what earlier shards have left in
     out and lse. Without those it is the first shard, and its first call covers every query.
 
-    q: (B, T, H, hd), k, v: (B, S, Hkv, hd), all contiguous in B and T. Returns out (B, T, H, hd)
-    and lse (B, T, H), float32 at least; after one call alone out has q's dtype.
+    q: (B, T, H, hd), k, v: (B, S, Hkv, hd), contiguous in B and T. Returns out (B, T, H, hd) and
+    lse (B, T, H), float32 at least; after one call alone out has q's dtype.
     """
     backend = attention_backend(q.device.type, q.dtype, q.shape[-1])
     parts = [attention_forward(cut(q, c.pieces, c.queries), cut(k, c.pieces, c.keys),
@@ -278,8 +269,7 @@ def shard_forward(q, k, v, calls, out=None, lse=None):
 def shard_backward(dout, q, k, v, out, lse, calls, dq=None):
     """
     Gradients of attention over one shard's keys. out, lse: those after *all* shards. dq: the sum
-    over earlier shards, or None. Returns dq, with this shard's share, and its dk and dv
-    (B, S, Hkv, hd).
+    over earlier shards, or None. Returns dq with this shard's share, and dk, dv (B, S, Hkv, hd).
     """
     backend = attention_backend(q.device.type, q.dtype, q.shape[-1])
     grads = []

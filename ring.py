@@ -101,8 +101,8 @@ def attend(ring, q, k, v, payload, codec, params, table, tokens, span):
     2023), where what travels is a payload that a codec turns into keys and values.
 
     q: (B, T, H, hd), k, v: (B, T, Hkv, hd): this rank's T tokens, q and k with RoPE.
-    payload: tuple of tensors (B, S, ...), S any divisor of T: a token's numbers, a chunk's numbers.
-        Same shapes on every rank. Floating-point ones get gradients.
+    payload: tuple of tensors (B, S, ...), S any divisor of T, the same shapes on every rank: a
+        token's numbers, a chunk's numbers. Floating-point ones get gradients.
     codec: what stands behind the payload; None: nothing is sent.
         .pack(payload) -> the tensors that travel, .unpack(those, sizes, dtype) -> payload: a lossy
             last step whose gradient is the identity. With gradient=True, the same for gradients.
@@ -252,10 +252,7 @@ class PeerError(RuntimeError):
 
 @contextmanager
 def waiting(whom, what):
-    """
-    Turns what the backend says when a peer is gone into a PeerError of one sentence; other errors
-    pass. (NCCL's watchdog ends the process itself.)
-    """
+    """A backend's error, when a peer is gone, as a PeerError. (NCCL's ends the process itself.)"""
     try:
         yield
     except RuntimeError as e:
@@ -272,9 +269,8 @@ class Ring:
     The ranks that share one sequence (a context-parallel group), seen from this rank.
 
     group: a torch.distributed process group; None: one process, and nothing is ever sent.
-    meter: bytes sent and received and exchanges made, as 'sent_fwd', 'received_fwd',
-        'exchanges_fwd', the same with bwd, counted where tensors are handed to torch.distributed,
-        and with sync, what `average` costs.
+    meter: bytes 'sent_fwd' and 'received_fwd', and 'exchanges_fwd', the same with bwd, counted
+        where tensors are handed to torch.distributed, and with sync, what `average` costs.
     """
 
     def __init__(self, group=None, link=None):
@@ -306,8 +302,8 @@ class Ring:
         Post a send of `tensors` to the rank `hop` further on and the receive of tensors of the same
         shapes from the rank `hop` back; do not wait. phase: 'fwd' or 'bwd', to count.
 
-        Returns a function that waits for both and returns the received tensors. Raises PeerError if
-        a peer is gone, now or then.
+        Returns a function that waits for both and returns the received tensors. Both raise
+        PeerError if a peer is gone.
         """
         sent, link = [t.contiguous() for t in tensors], self.link
         n_bytes = sum(t.nbytes for t in sent)
@@ -403,11 +399,9 @@ def average(tensors, ring):
 class Link:
     """
     A slow full-duplex link between this rank and all others, dialled on top of the real transfers:
-    what is sent leaves through one queue of `mbps` megabits a second, what is received arrives
-    through another, in the order in which it is waited for, and in between lie `latency_ms`
-    milliseconds, one way. mbps 0: no limit.
-
-    Clocks of several machines must agree to better than the latency.
+    what is sent leaves through one queue of `mbps` megabits a second (0: no limit), what comes
+    arrives through another, in the order in which it is waited for, and in between lie `latency_ms`
+    milliseconds, one way. Clocks of several machines must agree to better than that.
     """
     clock, sleep = staticmethod(time.time), staticmethod(time.sleep)
 
@@ -536,16 +530,14 @@ def _benchmark(rank, P, store):
         for x, y in zip(alone(), (out, dq, dk + dkv[:, :, 0], dv + dkv[:, :, 1])):
             x, y = ring.shard(x, n_tokens // 2).float(), y.float()
             assert (x - y).norm() < 1e-2 * x.norm(), 'ring attention differs from attention'
-        timed = [functools.partial(_milliseconds, f) for f in (alone, ours)]
-        if cuda:
-            timed += [functools.partial(_milliseconds, _replay(ours)),
-                      functools.partial(_theirs, mesh, whole, backend)]
-        times = [[f(5 if T < 100_000 else 1) for f in timed] for _ in range(3)]
+        fs, n = [alone, ours, *([_replay(ours)] if cuda else ())], 5 if T < 100_000 else 1
+        times = [[_milliseconds(f, n) for f in fs]
+                 + ([_theirs(mesh, whole, backend, n)] if cuda else []) for _ in range(3)]
         one, *several = (sorted(t)[1] for t in zip(*times))  # medians
         if rank == 0:
             print(f'| {T} | {one:.1f} |', *(f'{t:.1f} ({one / P / t:.1%}) |' for t in several),
                   flush=True)
-        timed.clear()  # NCCL waits for its graphs before it ends
+        fs.clear()  # NCCL waits for its graphs before it ends
     dist.destroy_process_group()
 
 
