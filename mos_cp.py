@@ -373,8 +373,8 @@ class Attention(nn.Module):
         """What comes between the projections; nothing else crosses the wire. -> (B, T, H, hd)"""
         T, codec = q.shape[1], self.active_codec
         span = self.config.chunk_size if self.config.exact_local or not codec else 0
-        if type(codec) is Full and codec.wire_dtype == 'compute':  # exact anyway: one piece, or on
-            span = T // min(2, ring.world_size)  # a ring the two halves of `ring.visible`
+        if type(codec) is Full and codec.wire_dtype == 'compute':
+            span = T  # exact anyway: a rank's own shard in one piece, which is causal in its order
         params = codec.params if codec else ()
         return attend(ring, q, k, kv[:, :, 1], payload, codec, params, table, None, span)
 
