@@ -24,7 +24,6 @@ from collections import Counter, deque
 from contextlib import contextmanager
 from itertools import chain, islice
 from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -58,7 +57,7 @@ def positions(n_tokens, world_size, device):
     return torch.tensor([zigzag(n_tokens, world_size, r) for r in range(world_size)], device=device)
 
 
-def visible(rank, source, T, span):
+def visible(span, T, rank, source):
     """
     The attention kernels that the queries of `rank` need over the shard of rank `source`, both of T
     tokens: a tuple of `Call`. source None: over their own keys and values as they are, within
@@ -76,7 +75,7 @@ def visible(rank, source, T, span):
     """
     Call, everything, front, back = kernels.Call, slice(0, T), slice(0, T // 2), slice(T // 2, T)
     if source is None:
-        return (Call(T // span, slice(0, span), slice(0, span), True),)
+        return (Call(T // span, slice(0, span), slice(0, span), True),) if span else ()
     if source < rank:
         return (Call(1, everything, front, False),)
     if source > rank:
@@ -119,30 +118,19 @@ def attend(ring, q, k, v, payload, codec, params, table, tokens, span):
 
     Returns (B, T, H, hd) in q's dtype. Accumulates in float32 at least.
     """
-    s = _Spec(ring, codec, table, tokens, span)
-    return _Attend.apply(s, [t.shape[-1] for t in payload], q, k, v, *payload, *params)
+    T, calls = q.shape[1], functools.partial(visible, span, q.shape[1], ring.rank)
 
-
-class _Spec(NamedTuple):
-    """What `attend` is given besides tensors to differentiate."""
-    ring: Any
-    codec: Any
-    table: torch.Tensor
-    tokens: torch.Tensor | None
-    span: int
-
-    def calls(self, source):
-        return visible(self.ring.rank, source, self.table.shape[1], self.span)
-
-    def rebuild(self, payload, params, source):
-        """-> keys with RoPE and values (B, S, Hkv, hd) of what any query here sees of a shard."""
-        tokens = None if self.tokens is None else self.tokens[source]
-        n_tokens = self.table.shape[1] // (2 if source < self.ring.rank else 1)
-        return _rebuild(self.codec, payload, tokens, params, self.table[source], n_tokens)
+    def rebuild(payload, params, source):
+        n_tokens = T // (2 if source < ring.rank else 1)  # any query here sees no more
+        theirs = None if tokens is None else tokens[source]
+        return _rebuild(codec, payload, theirs, params, table[source], n_tokens)
+    return _Attend.apply(ring, codec, calls, rebuild, [t.shape[-1] for t in payload],
+                         q, k, v, *payload, *params)
 
 
 @kernels.fused
 def _rebuild(codec, payload, tokens, params, table, n_tokens):
+    """-> keys with RoPE and values (B, n_tokens, Hkv, hd) of the first tokens of a shard."""
     part = [t[:, :t.shape[1] * n_tokens // len(table)] for t in payload]
     kv = codec.expand(part, None if tokens is None else tokens[:, :n_tokens], params)
     return kernels.rope(kv[:, :, 0], table[:n_tokens]), kv[:, :, 1]
@@ -169,26 +157,27 @@ class _Attend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, s, sizes, q, k, v, *tensors):
+    def forward(ctx, ring, codec, calls, rebuild, sizes, q, k, v, *tensors):
         payload, params = tensors[:len(sizes)], tensors[len(sizes):]
-        ctx.spec, ctx.sizes, ctx.floating = s, sizes, [t.is_floating_point() for t in payload]
+        ctx.given = ring, codec, calls, rebuild, sizes
+        ctx.floating = [t.is_floating_point() for t in payload]
         ctx.compiling = kernels.is_compiling()  # another thread runs the backward pass
         own, arriving, ctx.shards, out, lse = [], [], [], None, None
         with torch.autocast(q.device.type, enabled=False):
             # 1. Our payload leaves for all other ranks, and theirs are under way to us.
-            if s.codec:
-                wire = s.codec.pack([t.detach() for t in payload])
-                own, arriving = [(s.ring.rank, wire)], s.ring.circulate(wire, 'fwd', s.codec.keep)
+            if codec:
+                wire = codec.pack([t.detach() for t in payload])
+                own, arriving = [(ring.rank, wire)], ring.circulate(wire, 'fwd', codec.keep)
             # 2. Meanwhile our queries attend to our own keys and values as they are,
-            if s.span:
-                out, lse = kernels.shard_forward(q, k, v, s.calls(None))
+            if exact := calls(None):
+                out, lse = kernels.shard_forward(q, k, v, exact)
             # 3. and to those rebuilt from each payload, our own first.
             for source, wire in chain(own, arriving):
-                if source == s.ring.rank or s.codec.keep:
+                if source == ring.rank or codec.keep:
                     ctx.shards.append((source, wire))
-                if calls := s.calls(source):
-                    rebuilt = s.rebuild(s.codec.unpack(wire, sizes, q.dtype), params, source)
-                    out, lse = kernels.shard_forward(q, *rebuilt, calls, out, lse)
+                if seen := calls(source):
+                    rebuilt = rebuild(codec.unpack(wire, sizes, q.dtype), params, source)
+                    out, lse = kernels.shard_forward(q, *rebuilt, seen, out, lse)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, *params)
         return out
@@ -198,8 +187,9 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, dout):
         if ctx.shards is None:
             raise RuntimeError('a second backward through ring attention: what arrived is gone')
-        s, sizes, (q, k, v, out, lse, *params) = ctx.spec, ctx.sizes, ctx.saved_tensors
-        # leaves of small graphs, one for each shard, which all add to their .grad
+        ring, codec, calls, rebuild, sizes = ctx.given
+        q, k, v, out, lse, *params = ctx.saved_tensors
+        # leaves of a small graph for each shard, all of which add to their .grad
         params = [p.detach().requires_grad_(p.requires_grad) for p in params]
         dout, dq, dk, dv = dout.contiguous(), None, None, None
         dpayload, sum_dtype = None, kernels.accumulation_dtype(q.dtype)  # of our own payload
@@ -207,38 +197,37 @@ class _Attend(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False), kernels.compiling(ctx.compiling):
             # 1. The payloads: those that were too large to keep travel a second time.
             own, others = ctx.shards[:1], ctx.shards[1:]
-            if s.codec and not s.codec.keep:
-                others = s.ring.circulate(own[0][1], 'bwd', False)
+            if codec and not codec.keep:
+                others = ring.circulate(own[0][1], 'bwd', False)
             # 2. Meanwhile attention to our own keys and values as they are: dQ, dK, dV.
-            if s.span:
-                dq, dk, dv = kernels.shard_backward(dout, q, k, v, out, lse, s.calls(None))
+            if exact := calls(None):
+                dq, dk, dv = kernels.shard_backward(dout, q, k, v, out, lse, exact)
             # Then shard by shard. Our own comes last: it hides the way of the last gradient.
             for source, wire in chain(others, own):
-                if not (calls := s.calls(source)):
+                if not (seen := calls(source)):
                     continue
                 # 3. Its K and V once more, now as a graph from its payload and the params.
                 payload = [t.detach().requires_grad_(t.is_floating_point())
-                           for t in s.codec.unpack(wire, sizes, q.dtype)]
+                           for t in codec.unpack(wire, sizes, q.dtype)]
                 with torch.enable_grad():
-                    keys, values = s.rebuild(payload, params, source)
+                    keys, values = rebuild(payload, params, source)
                 # 4. Attention to it: its share of our dQ, our queries' share of its dK and dV.
                 dq, dkeys, dvalues = kernels.shard_backward(
-                    dout, q, keys.detach(), values.detach(), out, lse, calls, dq)
+                    dout, q, keys.detach(), values.detach(), out, lse, seen, dq)
                 # 5. From dK and dV through `expand` to the gradients of its payload and the params.
                 torch.autograd.backward((keys, values), (dkeys, dvalues))
-                sent = s.codec.pack([t.grad for t in payload if t.requires_grad], gradient=True)
-                # 6. The payload's goes home, h ranks back, while ours comes from h ranks ahead. Our
-                #    own share is rounded as if it too had travelled: the same noise with few ranks
-                #    as with many.
-                h = source - s.ring.rank
-                coming.append(s.ring.exchange(sent, h, 'bwd') if h else lambda own=sent: own)
-                if len(coming) > 1 and not s.codec.keep:
-                    dpayload = _add_up(s.codec, dpayload, coming.popleft()(), sizes, sum_dtype)
+                sent = codec.pack([t.grad for t in payload if t.requires_grad], gradient=True)
+                # 6. The payload's goes home, h ranks on, and ours comes from h ranks back. Our own
+                #    share is rounded as if it had travelled: few ranks have the noise of many.
+                h = source - ring.rank
+                coming.append(ring.exchange(sent, h, 'bwd') if h else lambda own=sent: own)
+                if len(coming) > 1 and not codec.keep:
+                    dpayload = _add_up(codec, dpayload, coming.popleft()(), sizes, sum_dtype)
             # 7. Add up what comes home. (The params' gradients stay: each rank has its share.)
             for wait in coming:
-                dpayload = _add_up(s.codec, dpayload, wait(), sizes, sum_dtype)
+                dpayload = _add_up(codec, dpayload, wait(), sizes, sum_dtype)
         ctx.shards, dpayload = None, iter(dpayload or [])  # autograd may hold ctx for longer
-        return (None, None, dq.to(q.dtype), dk, dv,
+        return (*5 * [None], dq.to(q.dtype), dk, dv,
                 *(next(dpayload, None) if f else None for f in ctx.floating),
                 *(p.grad for p in params))
 

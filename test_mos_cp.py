@@ -153,7 +153,7 @@ def test_rope():
 def test_causal_work_is_shared_evenly():
     for P in (2, 3, 4):  # chunk c: c blocks below the diagonal, half on it
         assert len({sum(2 * c + 1 for c in zigzag(4 * P, P, r)) for r in range(P)}) == 1
-    assert len(visible(0, 0, 16, 1)) == 4  # 8, 4, 2, 1 chunks at a time
+    assert len(visible(1, 16, 0, 0)) == 4  # 8, 4, 2, 1 chunks at a time
 
 
 class FakeLink(Link):
