@@ -156,8 +156,8 @@ def attention_forward(q, k, v, causal, backend):
 
     q: (B, Tq, H, hd); k, v: (B, Tk, Hkv, hd), where Hkv divides H (grouped-query attention).
     causal: query t sees keys 0..t (needs Tq == Tk).
-    Returns out (B, Tq, H, hd) in q's dtype and lse (B, Tq, H), the log of each softmax
-    denominator, float32 at least.
+    Returns out (B, Tq, H, hd) in q's dtype and lse (B, Tq, H), the log of each softmax denominator,
+    float32 at least.
     """
     groups = q.shape[2] // k.shape[2]
     if groups > 1 and backend != 'cpu':  # the CPU's kernel takes grouped heads as they are
@@ -171,8 +171,7 @@ def attention_backward(dout, q, k, v, out, lse, causal, backend):
     Gradients of `attention_forward` for one set of keys out of a larger softmax.
 
     out (B, Tq, H, hd) and lse (B, Tq, H) are those after merging *all* keys that the queries see.
-    Returns dq (B, Tq, H, hd), dk and dv (B, Tk, Hkv, hd): these keys' share of dq, and these
-    queries' share of dk and dv.
+    Returns these keys' share of dq (B, Tq, H, hd), these queries' of dk and dv (B, Tk, Hkv, hd).
     """
     groups = q.shape[2] // k.shape[2]
     if groups > 1 and backend != 'cpu':
@@ -207,9 +206,8 @@ def cut(x, pieces, part):
 def merge(out, lse, other_out, other_lse):
     """
     Two attentions of the same queries over disjoint keys become the attention over all of them, in
-    place of the first: out (B, T, H, hd), lse (B, T, H). The second's share of the joint softmax
-    denominator is e^b / (e^a + e^b) = sigmoid(b - a), which cannot overflow (as in
-    ring-flash-attention).
+    place of the first: out (B, T, H, hd), lse (B, T, H). The second's share of the softmax is
+    e^b / (e^a + e^b) = sigmoid(b - a), which cannot overflow (as in ring-flash-attention).
     """
     share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
     out.lerp_(other_out.to(out.dtype), share)
@@ -271,8 +269,7 @@ def shard_backward(dout, q, k, v, out, lse, calls, dq=None):
     Gradients of attention over one shard's keys. out, lse: those after *all* shards. dq: the sum
     over earlier shards, or None. Returns dq with this shard's share, and dk, dv (B, S, Hkv, hd).
     """
-    backend = attention_backend(q.device.type, q.dtype, q.shape[-1])
-    grads = []
+    grads, backend = [], attention_backend(q.device.type, q.dtype, q.shape[-1])
     for c in calls:
         dout_, q_, out_, lse_ = (cut(t, c.pieces, c.queries) for t in (dout, q, out, lse))
         k_, v_ = (cut(t, c.pieces, c.keys) for t in (k, v))
@@ -298,8 +295,7 @@ def rope(x, table):
     """
     Rotary position embedding (Su et al. 2021; entry i is paired with i + hd/2, as in LLaMA).
 
-    x: (B, T, H, hd); table: (T, 2, hd), `rope_table` at the tokens' *global* positions.
-    Returns x's dtype.
+    x: (B, T, H, hd); table: (T, 2, hd), `rope_table` at the tokens' *global* positions. -> x's dtype.
     """
     cos, sin = table.unsqueeze(2).unbind(1)  # (T, 1, hd)
     y = x.to(table.dtype)

@@ -268,6 +268,9 @@ class Ring:
         self.world_size = dist.get_world_size(group) if group else 1
         self.link, self.meter = link or Link(), Counter()
 
+    def __deepcopy__(self, memo):  # of a model, say: a process group cannot be copied
+        return self
+
     def count(self, phase, n_bytes):
         """Book one exchange of so many bytes each way. phase: 'fwd', 'bwd' or 'sync'."""
         for what, n in (('sent', n_bytes), ('received', n_bytes), ('exchanges', 1)):

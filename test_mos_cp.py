@@ -3,6 +3,7 @@ Tests. The oracle is one process with one dense softmax in float64, differentiat
 every parallel path must equal it on every rank. Checks that need several processes run in one
 spawn for each world size (gloo, CPU); `pytest -k "every_rank and 2-"` selects those of two.
 """
+import copy
 import itertools
 import json
 import math
@@ -286,6 +287,7 @@ def ring_equals_dense_in_low_precision(ring):
 def one_shard_is_ahead_without_keep(ring):
     """Every rank's tensors arrive once; all exchanges are posted, or one before each wait."""
     P, exchange, log = ring.world_size, ring.exchange, []
+    assert copy.deepcopy(ring) is ring  # with a model: a process group cannot be copied
 
     def noting(*args):
         wait = exchange(*args)
