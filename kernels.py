@@ -295,7 +295,7 @@ def rope(x, table):
     """
     Rotary position embedding (Su et al. 2021; entry i is paired with i + hd/2, as in LLaMA).
 
-    x: (B, T, H, hd); table: (T, 2, hd), `rope_table` at the tokens' *global* positions. -> x's dtype.
+    x: (B, T, H, hd); table: (T, 2, hd), `rope_table` at its *global* positions. -> x's dtype.
     """
     cos, sin = table.unsqueeze(2).unbind(1)  # (T, 1, hd)
     y = x.to(table.dtype)
