@@ -1,11 +1,13 @@
 """
-The arithmetic: attention of queries over one block of keys and the merge of several such blocks,
-rotary embedding, the paper's rotation of a basis, and rounding to 8 or 4 bits.
+The arithmetic: attention of queries over one shard's keys and the merge of several shards, rotary
+embedding, and rounding to 8 or 4 bits.
 
 Nothing here knows of processes or models. Everywhere the sequence is dimension 1: q, k, v and out
 are (B, T, H, hd), lse is (B, T, H); only the wrappers of PyTorch's attention kernels transpose.
 """
 import functools
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -15,8 +17,51 @@ aten = torch.ops.aten
 
 
 def accumulation_dtype(dtype):
-    """float32 at least: bf16 sums over many blocks lose small terms; float64 stays float64."""
+    """float32 at least: bf16 sums over many shards lose small terms; float64 stays float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+# -----------------------------------------------------------------------------
+# torch.compile, for what repeats
+
+_compiling = ContextVar('compiling', default=False)  # every thread has a value of its own
+is_compiling = _compiling.get  # a backward pass, which runs in another thread, must be told
+
+
+@contextmanager
+def compiling(on):
+    """While on, every `fused` function that this thread calls goes through torch.compile."""
+    before = _compiling.set(on)
+    try:
+        yield
+    finally:
+        _compiling.reset(before)
+
+
+def fused(f):
+    """
+    Decorator: where `compiling` is on, f, a function or a method, runs under torch.compile, with
+    all that it calls. A method is compiled once for all objects, such as layers.
+    """
+    @functools.cache
+    def compiled():
+        torch._dynamo.config.recompile_limit = 64  # several lengths, with grad and without
+        return torch.compile(f, fullgraph=True, dynamic=False)
+
+    @functools.wraps(f)
+    def wrapper(*args, **kwargs):
+        if torch.compiler.is_compiling() or not is_compiling():  # traced by a caller, or off
+            return f(*args, **kwargs)
+        return compiled()(*args, **kwargs)
+    return wrapper
+
+
+def cannot_compile():
+    """Why torch.compile does not work on this CPU, in a few words, or None."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2))
+    except Exception as e:  # no compiler, or one that does not know these instructions
+        return str(e).split('\n')[0][:120]
 
 
 # -----------------------------------------------------------------------------
@@ -24,8 +69,8 @@ def accumulation_dtype(dtype):
 # Each is a pair, in PyTorch's own layout (B, H, T, hd),
 #     forward (q, k, v, causal) -> out, lse (B, H, T)
 #     backward(dout, q, k, v, out, lse, causal) -> dq, dk, dv
-# where out and lse in `backward` are those of the *whole* softmax, over all blocks: the
-# probabilities exp(q k - lse) are then the global ones, so the blocks' gradients simply add up.
+# where out and lse in `backward` are those of the *whole* softmax, over all shards: the
+# probabilities exp(q k - lse) are then the global ones, so the shards' gradients simply add up.
 
 def _cpu_forward(q, k, v, causal):
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
@@ -111,8 +156,8 @@ def attention_forward(q, k, v, causal, backend):
 
     q: (B, Tq, H, hd); k, v: (B, Tk, Hkv, hd), where Hkv divides H (grouped-query attention).
     causal: query t sees keys 0..t (needs Tq == Tk).
-    Returns out (B, Tq, H, hd) in q's dtype and lse (B, Tq, H), the log of each softmax
-    denominator, float32 at least.
+    Returns out (B, Tq, H, hd) in q's dtype and lse (B, Tq, H), the log of each softmax denominator,
+    float32 at least.
     """
     groups = q.shape[2] // k.shape[2]
     if groups > 1 and backend != 'cpu':  # the CPU's kernel takes grouped heads as they are
@@ -126,8 +171,7 @@ def attention_backward(dout, q, k, v, out, lse, causal, backend):
     Gradients of `attention_forward` for one set of keys out of a larger softmax.
 
     out (B, Tq, H, hd) and lse (B, Tq, H) are those after merging *all* keys that the queries see.
-    Returns dq (B, Tq, H, hd), dk and dv (B, Tk, Hkv, hd): these keys' share of dq, and these
-    queries' share of dk and dv.
+    Returns these keys' share of dq (B, Tq, H, hd), these queries' of dk and dv (B, Tk, Hkv, hd).
     """
     groups = q.shape[2] // k.shape[2]
     if groups > 1 and backend != 'cpu':
@@ -141,102 +185,96 @@ def attention_backward(dout, q, k, v, out, lse, causal, backend):
 
 
 # -----------------------------------------------------------------------------
-# Attention over a block: several kernels on views of the same tensors
+# Attention over a shard's keys and values: several kernels on views of the same tensors
 
 class Call(NamedTuple):
     """
-    One attention kernel: queries and keys are cut into pieces of `size` tokens; in each piece the
-    tokens `queries` attend to the tokens `keys`.
+    One attention kernel: queries and keys are cut into so many equal pieces, each a sequence of its
+    own, in which the tokens `queries` attend to the tokens `keys`.
     """
-    size: int
+    pieces: int
     queries: slice
     keys: slice
     causal: bool
 
 
-def cut(x, size, part):
-    """
-    x (B, T, ...) in pieces of `size` tokens, each a sequence of its own, and of each the slice
-    `part`: a view (B * T / size, tokens in part, ...).
-    """
-    return x.view(-1, size, *x.shape[2:])[:, part]
+def cut(x, pieces, part):
+    """Of each of so many pieces of x (B, T, ...) the tokens `part`: a view (B * pieces, n, ...)."""
+    return x.view(x.shape[0] * pieces, -1, *x.shape[2:])[:, part]
 
 
-def merge(out, lse, block_out, block_lse):
+def merge(out, lse, other_out, other_lse):
     """
     Two attentions of the same queries over disjoint keys become the attention over all of them, in
-    place of the first. out, block_out: (B, T, H, hd); lse, block_lse: (B, T, H).
-
-    The second's share of the joint softmax denominator is e^b / (e^a + e^b) = sigmoid(b - a), which
-    cannot overflow (as in ring-flash-attention).
+    place of the first: out (B, T, H, hd), lse (B, T, H). The second's share of the softmax is
+    e^b / (e^a + e^b) = sigmoid(b - a), which cannot overflow (as in ring-flash-attention).
     """
-    share = torch.sigmoid(block_lse - lse).unsqueeze(-1)
-    out.lerp_(block_out.to(out.dtype), share)
-    lse.copy_(torch.logaddexp(lse, block_lse))
+    share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
+    out.lerp_(other_out.to(out.dtype), share)
+    lse.copy_(torch.logaddexp(lse, other_lse))
 
 
+@fused
 def merge_all(out, lse, parts, calls):
     """Merge the (out, lse) of every call, in float32 at least."""
-    for (part, part_lse), call in zip(parts, calls):
+    for (part, part_lse), c in zip(parts, calls):
         out, lse = out.to(lse.dtype).contiguous(), lse.contiguous()
-        merge(cut(out, call.size, call.queries), cut(lse, call.size, call.queries), part, part_lse)
+        merge(cut(out, c.pieces, c.queries), cut(lse, c.pieces, c.queries), part, part_lse)
     return out, lse
 
 
-def add_parts(total, parts, cuts, shape):
+def add_part(total, part, pieces, where, shape):
     """
-    total + the sum of parts, each added to what `cut` with its (size, slice) of cuts is a view of:
-    float32 at least. total None: zeros. A single part that covers everything stays as it is.
+    Add `part`, a gradient of what `cut(x, pieces, where)` shows of a tensor x of this shape, to the
+    gradient of x so far, total (None: nothing). -> float32 at least; a part that is all of x stays.
     """
-    for part, (size, where) in zip(parts, cuts):
-        if total is None and part.numel() == shape.numel():
-            total = part.reshape(shape)
-        else:
-            dtype = accumulation_dtype(part.dtype)
-            total = part.new_zeros(shape, dtype=dtype) if total is None else total.to(dtype)
-            total = total.contiguous()
-            cut(total, size, where).add_(part)
+    if total is None and part.numel() == shape.numel():
+        return part.reshape(shape)
+    dtype = accumulation_dtype(part.dtype)
+    total = part.new_zeros(shape, dtype=dtype) if total is None else total.to(dtype).contiguous()
+    cut(total, pieces, where).add_(part)
     return total
 
 
-def add_all(dq, grads, calls, q, k):
-    """dq, plus every call's, and the sums of dk and dv."""
-    dqs, dks, dvs = zip(*grads)
-    queries = [(call.size, call.queries) for call in calls]
-    keys = [(min(call.size, k.shape[1]), call.keys) for call in calls]
-    dk, dv = (add_parts(None, parts, keys, k.shape).to(k.dtype) for parts in (dks, dvs))
-    return add_parts(dq, dqs, queries, q.shape), dk, dv
+@fused
+def add_gradients(dq, grads, calls, q, k):
+    """-> dq plus that of every call, and the calls' dk and dv (B, S, Hkv, hd) added up."""
+    dk = dv = None
+    for (dq_part, dk_part, dv_part), c in zip(grads, calls):
+        dq = add_part(dq, dq_part, c.pieces, c.queries, q.shape)
+        dk = add_part(dk, dk_part, c.pieces, c.keys, k.shape)
+        dv = add_part(dv, dv_part, c.pieces, c.keys, k.shape)
+    return dq, dk.to(k.dtype), dv.to(k.dtype)
 
 
-def block_forward(q, k, v, calls, backend, run, out=None, lse=None):
+def shard_forward(q, k, v, calls, out=None, lse=None):
     """
-    Attention of q over one block of keys: every call, merged with what earlier blocks have left in
-    out and lse. Without those it is the first block, and its first call covers every query.
+    Attention of q over one shard's keys: every call, merged with what earlier shards have left in
+    out and lse. Without those it is the first shard, and its first call covers every query.
 
-    q: (B, T, H, hd), k, v: (B, S, Hkv, hd), S <= T, all contiguous in B and T; run: `compiled` or
-    `eager`. Returns out (B, T, H, hd) and lse (B, T, H), float32 at least; after one call alone out
-    has q's dtype.
+    q: (B, T, H, hd), k, v: (B, S, Hkv, hd), contiguous in B and T. Returns out (B, T, H, hd) and
+    lse (B, T, H), float32 at least; after one call alone out has q's dtype.
     """
-    parts = [attention_forward(cut(q, c.size, c.queries),
-                               *(cut(t, min(c.size, t.shape[1]), c.keys) for t in (k, v)),
-                               c.causal, backend) for c in calls]
+    backend = attention_backend(q.device.type, q.dtype, q.shape[-1])
+    parts = [attention_forward(cut(q, c.pieces, c.queries), cut(k, c.pieces, c.keys),
+                               cut(v, c.pieces, c.keys), c.causal, backend) for c in calls]
     if out is None:
         (out, lse), parts, calls = parts[0], parts[1:], calls[1:]
         out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3])
-    return run(merge_all)(out, lse, parts, calls) if calls else (out, lse)
+    return merge_all(out, lse, parts, calls) if calls else (out, lse)
 
 
-def block_backward(dout, q, k, v, out, lse, calls, backend, run, dq=None):
+def shard_backward(dout, q, k, v, out, lse, calls, dq=None):
     """
-    Gradients of attention over one block. out, lse: those after *all* blocks. dq: the sum over
-    earlier blocks, or None. Returns dq, with this block's share, and the block's dk and dv
-    (B, S, Hkv, hd).
+    Gradients of attention over one shard's keys. out, lse: those after *all* shards. dq: the sum
+    over earlier shards, or None. Returns dq with this shard's share, and dk, dv (B, S, Hkv, hd).
     """
-    grads = [attention_backward(*(cut(t, c.size, c.queries) for t in (dout, q)),
-                                *(cut(t, min(c.size, t.shape[1]), c.keys) for t in (k, v)),
-                                *(cut(t, c.size, c.queries) for t in (out, lse)),
-                                c.causal, backend) for c in calls]
-    return run(add_all)(dq, grads, calls, q, k)
+    grads, backend = [], attention_backend(q.device.type, q.dtype, q.shape[-1])
+    for c in calls:
+        dout_, q_, out_, lse_ = (cut(t, c.pieces, c.queries) for t in (dout, q, out, lse))
+        k_, v_ = (cut(t, c.pieces, c.keys) for t in (k, v))
+        grads.append(attention_backward(dout_, q_, k_, v_, out_, lse_, c.causal, backend))
+    return add_gradients(dq, grads, calls, q, k)
 
 
 # -----------------------------------------------------------------------------
@@ -257,44 +295,11 @@ def rope(x, table):
     """
     Rotary position embedding (Su et al. 2021; entry i is paired with i + hd/2, as in LLaMA).
 
-    x: (B, T, H, hd); table: (T, 2, hd), `rope_table` at the tokens' *global* positions.
-    Returns x's dtype.
+    x: (B, T, H, hd); table: (T, 2, hd), `rope_table` at its *global* positions. -> x's dtype.
     """
     cos, sin = table.unsqueeze(2).unbind(1)  # (T, 1, hd)
     y = x.to(table.dtype)
     return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
-
-
-def rotate_basis(theta, U0, AU0, AAU0):
-    """
-    R(theta) U0 with R(theta) = I + M + M^2/2, M = sum_l theta_l A_l: the paper's second-order
-    exponential (Algorithm 1, step 3), without ever forming a d x d matrix.
-
-    theta: (B, c, k), radians; U0: (d, r); AU0: (k, d, r) = A_l U0; AAU0: (k, k, d, r) = A_l A_m U0.
-    Returns (B, c, d, r): one basis for each chunk.
-    """
-    first = torch.einsum('bcl,ldr->bcdr', theta, AU0)
-    second = torch.einsum('bcl,bcm,lmdr->bcdr', theta, theta, AAU0)
-    return U0 + first + second / 2
-
-
-def aligned(x):
-    """x (..., r) with zeros up to a multiple of 8: others miss a GPU's fast matrix products."""
-    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
-
-
-def compress(z, U):
-    """Z_comp = Z U. z: (B, T, d); U: (d, r), or (B, c, d, r), one for each chunk -> (B, T, r)."""
-    if U.dim() == 2:
-        return (z @ aligned(U).to(z.dtype))[..., :U.shape[-1]].contiguous()
-    return (z.unflatten(1, (U.shape[1], -1)) @ U.to(z.dtype)).flatten(1, 2)
-
-
-def expand(z, U):
-    """Z_hat = Z_comp U^T, back from the subspace; U as in `compress`. z: (B, T, r) -> (B, T, d)."""
-    if U.dim() == 2:
-        return aligned(z) @ aligned(U).to(z.dtype).mT
-    return (z.unflatten(1, (U.shape[1], -1)) @ U.to(z.dtype).mT).flatten(1, 2)
 
 
 def quantize(x, bits, stochastic=False):
@@ -323,32 +328,3 @@ def dequantize(q, bits, n, dtype):
     if bits == 4:
         q = torch.stack((q & 15, q >> 4), dim=-1).flatten(-2)[..., :n]
     return (q.to(dtype) - (2 ** (bits - 1) - 1)) * scale.to(dtype)
-
-
-# -----------------------------------------------------------------------------
-# --compile: `run` is one of these two
-
-def eager(f):
-    """f as it is."""
-    return f
-
-
-def compiled(f):
-    """f under torch.compile: one and the same for all layers, also if f is a method."""
-    if hasattr(f, '__func__'):  # a method
-        return functools.partial(_compile(f.__func__), f.__self__)
-    return _compile(f)
-
-
-@functools.cache
-def _compile(f):
-    torch._dynamo.config.recompile_limit = 64  # blocks have several lengths, with grad and without
-    return torch.compile(f, fullgraph=True, dynamic=False)
-
-
-def cannot_compile():
-    """Why torch.compile does not work on this CPU, in a few words, or None."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(2))
-    except Exception as e:  # no compiler, or one that does not know these instructions
-        return str(e).split('\n')[0][:120]

@@ -6,11 +6,10 @@ For P ranks the sequence is cut in 2 P equal pieces ("zigzag"). Four ranks hold
 
     rank 0: 0 7    rank 1: 1 6    rank 2: 2 5    rank 3: 3 4
 
-so that causal attention costs every rank the same. Each rank sends its block, in whatever form a
-codec gives it (mos_cp.py), straight to every other one. Which keys a rank's queries see is then
-known without a mask:
+so that causal attention costs every rank the same. Each sends its shard, in whatever form a codec
+gives it (mos_cp.py), straight to every other one. What its queries see is then known without masks:
 
-    block of          queries          keys
+    shard of          queries          keys
     an earlier rank   all              its front half
     itself            causal           causal
     a later rank      the back half    all
@@ -19,12 +18,12 @@ known without a mask:
 """
 import functools
 import re
+import tempfile
 import time
 from collections import Counter, deque
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, Callable
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -34,7 +33,6 @@ import kernels
 
 # -----------------------------------------------------------------------------
 # The layout
-
 
 def zigzag(n, world_size, rank):
     """
@@ -59,37 +57,179 @@ def positions(n_tokens, world_size, device):
     return torch.tensor([zigzag(n_tokens, world_size, r) for r in range(world_size)], device=device)
 
 
-def visible(rank, source, T, span):
+def visible(span, T, rank, source):
     """
-    The attention kernels that the queries of `rank` need over the block of rank `source`, both of T
+    The attention kernels that the queries of `rank` need over the shard of rank `source`, both of T
     tokens: a tuple of `Call`. source None: over their own keys and values as they are, within
-    pieces of `span` tokens.
+    pieces of `span` tokens, which divides T. span 0: there is no such exact part. Else what is left
+    of the own shard is below the diagonal, here of eight pieces:
 
-    span 0: there is no such exact part, and the own block is as good as another rank's. Otherwise
-    T / 2 is a multiple of span (T, on one rank), and of the own block what is below the diagonal
-    is left, here for four pieces: their back half sees their front half (a), and each half is such
-    a triangle again (b). An odd number of pieces cannot be halved: one at a time sees all before.
-
-        .
-        b .
-        a a .
-        a a b .
+        .                   A row for each piece's queries, a column for its keys; exact (.) are
+        c .                 those of the piece itself. One kernel does each letter: the back half
+        b b .               sees the front half (a); in each half, now a sequence of its own, the
+        b b c .             back half sees the front half (b), and in each half of these (c).
+        a a a a .
+        a a a a c .         An odd number of pieces has no halves: there, one kernel for each piece
+        a a a a b b .       but the first, which sees all before it.
+        a a a a b b c .
     """
-    everything, front, back = slice(0, T), slice(0, T // 2), slice(T // 2, T)
+    Call, everything, front, back = kernels.Call, slice(0, T), slice(0, T // 2), slice(T // 2, T)
     if source is None:
-        return (kernels.Call(span, slice(0, span), slice(0, span), True),)
+        return (Call(T // span, slice(0, span), slice(0, span), True),) if span else ()
     if source < rank:
-        return (kernels.Call(T, everything, front, False),)
+        return (Call(1, everything, front, False),)
     if source > rank:
-        return (kernels.Call(T, back, everything, False),)
+        return (Call(1, back, everything, False),)
     if not span:
-        return (kernels.Call(T, everything, everything, True),)
-    calls, size = [], T
-    while size // span % 2 == 0:
-        calls.append(kernels.Call(size, slice(size // 2, size), slice(0, size // 2), False))
-        size //= 2
-    return (*calls, *(kernels.Call(size, slice(start, start + span), slice(0, start), False)
-                      for start in range(span, size, span)))
+        return (Call(1, everything, everything, True),)
+    calls, n_sequences, n_pieces = [], 1, T // span  # n_pieces in each sequence
+    while n_pieces % 2 == 0:
+        half = n_pieces // 2 * span
+        calls.append(Call(n_sequences, slice(half, 2 * half), slice(0, half), False))
+        n_sequences, n_pieces = 2 * n_sequences, n_pieces // 2
+    return (*calls, *(Call(n_sequences, slice(start, start + span), slice(0, start), False)
+                      for start in range(span, n_pieces * span, span)))
+
+
+# -----------------------------------------------------------------------------
+# Ring attention
+
+def attend(ring, q, k, v, payload, codec, params, table, tokens, span):
+    """
+    Causal attention of this rank's queries over the keys and values of the whole ring (Liu et al.
+    2023), where what travels is a payload that a codec turns into keys and values.
+
+    q: (B, T, H, hd), k, v: (B, T, Hkv, hd): this rank's T tokens, q and k with RoPE.
+    payload: tuple of tensors (B, S, ...), S any divisor of T, the same shapes on every rank: a
+        token's numbers, a chunk's numbers. Floating-point ones get gradients.
+    codec: what stands behind the payload; None: nothing is sent.
+        .pack(payload) -> the tensors that travel, .unpack(those, sizes, dtype) -> payload: a lossy
+            last step whose gradient is the identity. With gradient=True, the same for gradients.
+        .expand(payload, tokens, params) -> (B, S, 2, Hkv, hd), keys before RoPE and values, of any
+            first part of a shard. tokens: (B, S), that part's token numbers, or None.
+        .keep: hold what has arrived until backward instead of sending it a second time. Right for a
+            small payload; uncompressed it would undo the memory saving of context parallelism.
+    params: the tensors that `expand` uses, for every shard this rank's own. They get the gradient
+        of this rank's queries: sum over ranks, as for any weight.
+    table: (world_size, T, 2, hd): `kernels.rope_table` at the positions of every rank's tokens.
+    tokens: (world_size, B, T) int64, every rank's tokens in its local order, or None.
+    span: within pieces of so many tokens queries see k and v as they are; all else comes through
+        the codec, also what lies on this rank. 0: everything comes through the codec.
+
+    Returns (B, T, H, hd) in q's dtype. Accumulates in float32 at least.
+    """
+    T, calls = q.shape[1], functools.partial(visible, span, q.shape[1], ring.rank)
+
+    def rebuild(payload, params, source):
+        n_tokens = T // (2 if source < ring.rank else 1)  # any query here sees no more
+        theirs = None if tokens is None else tokens[source]
+        return _rebuild(codec, payload, theirs, params, table[source], n_tokens)
+    return _Attend.apply(ring, codec, calls, rebuild, [t.shape[-1] for t in payload],
+                         q, k, v, *payload, *params)
+
+
+@kernels.fused
+def _rebuild(codec, payload, tokens, params, table, n_tokens):
+    """-> keys with RoPE and values (B, n_tokens, Hkv, hd) of the first tokens of a shard."""
+    part = [t[:, :t.shape[1] * n_tokens // len(table)] for t in payload]
+    kv = codec.expand(part, None if tokens is None else tokens[:, :n_tokens], params)
+    return kernels.rope(kv[:, :, 0], table[:n_tokens]), kv[:, :, 1]
+
+
+@kernels.fused
+def _add_up(codec, total, wire, sizes, dtype):
+    """total plus the gradient that came as `wire`. Sums are in `dtype`; one alone stays."""
+    found = codec.unpack(wire, sizes, dtype, gradient=True)
+    return found if total is None else [t.to(dtype) + f for t, f in zip(total, found)]
+
+
+class _Attend(torch.autograd.Function):
+    """
+    Forward, over all shards, each with keys and values K, V = RoPE(expand(payload)):
+
+        P = exp(Q K^T / sqrt(hd) - lse)     lse: the log of the softmax's denominator
+        out = sum of P V                    found shard by shard, see `kernels.merge`
+
+    Backward. P needs only lse to be computed again, so each shard has its share by itself:
+
+        dV = P^T dout                       dS = P * (dout V^T - rowsum(dout * out)) / sqrt(hd)
+        dK = dS^T Q                         dQ = sum of dS K
+    """
+
+    @staticmethod
+    def forward(ctx, ring, codec, calls, rebuild, sizes, q, k, v, *tensors):
+        payload, params = tensors[:len(sizes)], tensors[len(sizes):]
+        ctx.given = ring, codec, calls, rebuild, sizes
+        ctx.floating = [t.is_floating_point() for t in payload]
+        ctx.compiling = kernels.is_compiling()  # another thread runs the backward pass
+        own, arriving, ctx.shards, out, lse = [], [], [], None, None
+        with torch.autocast(q.device.type, enabled=False):
+            # 1. Our payload leaves for all other ranks, and theirs are under way to us.
+            if codec:
+                wire = codec.pack([t.detach() for t in payload])
+                own, arriving = [(ring.rank, wire)], ring.circulate(wire, 'fwd', codec.keep)
+            # 2. Meanwhile our queries attend to our own keys and values as they are,
+            if exact := calls(None):
+                out, lse = kernels.shard_forward(q, k, v, exact)
+            # 3. and to those rebuilt from each payload, our own first.
+            for source, wire in chain(own, arriving):
+                if source == ring.rank or codec.keep:
+                    ctx.shards.append((source, wire))
+                if seen := calls(source):
+                    rebuilt = rebuild(codec.unpack(wire, sizes, q.dtype), params, source)
+                    out, lse = kernels.shard_forward(q, *rebuilt, seen, out, lse)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, *params)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        if ctx.shards is None:
+            raise RuntimeError('a second backward through ring attention: what arrived is gone')
+        ring, codec, calls, rebuild, sizes = ctx.given
+        q, k, v, out, lse, *params = ctx.saved_tensors
+        # leaves of a small graph for each shard, all of which add to their .grad
+        params = [p.detach().requires_grad_(p.requires_grad) for p in params]
+        dout, dq, dk, dv = dout.contiguous(), None, None, None
+        dpayload, sum_dtype = None, kernels.accumulation_dtype(q.dtype)  # of our own payload
+        coming = deque()  # the other ranks' shares of it
+        with torch.autocast(q.device.type, enabled=False), kernels.compiling(ctx.compiling):
+            # 1. The payloads: those that were too large to keep travel a second time.
+            own, others = ctx.shards[:1], ctx.shards[1:]
+            if codec and not codec.keep:
+                others = ring.circulate(own[0][1], 'bwd', False)
+            # 2. Meanwhile attention to our own keys and values as they are: dQ, dK, dV.
+            if exact := calls(None):
+                dq, dk, dv = kernels.shard_backward(dout, q, k, v, out, lse, exact)
+            # Then shard by shard. Our own comes last: it hides the way of the last gradient.
+            for source, wire in chain(others, own):
+                if not (seen := calls(source)):
+                    continue
+                # 3. Its K and V once more, now as a graph from its payload and the params.
+                payload = [t.detach().requires_grad_(t.is_floating_point())
+                           for t in codec.unpack(wire, sizes, q.dtype)]
+                with torch.enable_grad():
+                    keys, values = rebuild(payload, params, source)
+                # 4. Attention to it: its share of our dQ, our queries' share of its dK and dV.
+                dq, dkeys, dvalues = kernels.shard_backward(
+                    dout, q, keys.detach(), values.detach(), out, lse, seen, dq)
+                # 5. From dK and dV through `expand` to the gradients of its payload and the params.
+                torch.autograd.backward((keys, values), (dkeys, dvalues))
+                sent = codec.pack([t.grad for t in payload if t.requires_grad], gradient=True)
+                # 6. The payload's goes home, h ranks on, and ours comes from h ranks back. Our own
+                #    share is rounded as if it had travelled: few ranks have the noise of many.
+                h = source - ring.rank
+                coming.append(ring.exchange(sent, h, 'bwd') if h else lambda own=sent: own)
+                if len(coming) > 1 and not codec.keep:
+                    dpayload = _add_up(codec, dpayload, coming.popleft()(), sizes, sum_dtype)
+            # 7. Add up what comes home. (The params' gradients stay: each rank has its share.)
+            for wait in coming:
+                dpayload = _add_up(codec, dpayload, wait(), sizes, sum_dtype)
+        ctx.shards, dpayload = None, iter(dpayload or [])  # autograd may hold ctx for longer
+        return (*5 * [None], dq.to(q.dtype), dk, dv,
+                *(next(dpayload, None) if f else None for f in ctx.floating),
+                *(p.grad for p in params))
 
 
 # -----------------------------------------------------------------------------
@@ -101,10 +241,7 @@ class PeerError(RuntimeError):
 
 @contextmanager
 def waiting(whom, what):
-    """
-    Turns what the backend says when a peer is gone into a PeerError of one sentence; other errors
-    pass. (NCCL's watchdog ends the process itself.)
-    """
+    """A backend's error, when a peer is gone, as a PeerError. (NCCL's ends the process itself.)"""
     try:
         yield
     except RuntimeError as e:
@@ -116,68 +253,13 @@ def waiting(whom, what):
             f'rank {dist.get_rank()} waited for {whom} in {what} and gave up: {reason}') from e
 
 
-class Link:
-    """
-    A slow full-duplex link between this rank and all others, dialled on top of the real transfers:
-    what is sent leaves through one queue of `mbps` megabits a second, what is received arrives
-    through another, in the order in which it is waited for, and in between lie `latency_ms`
-    milliseconds, one way. mbps 0: no limit.
-
-    Clocks of several machines must agree to better than the latency.
-    """
-    clock, sleep = staticmethod(time.time), staticmethod(time.sleep)
-
-    def __init__(self, mbps=0.0, latency_ms=0.0):
-        self.dialled = mbps > 0 or latency_ms > 0
-        self.seconds_per_byte = 8e-6 / mbps if mbps else 0.0
-        self.latency = latency_ms / 1e3
-        self.sent_until = self.received_until = 0.0
-        self.first = None  # an earlier CUDA event, and its time
-
-    def send(self, n_bytes, now):
-        """Queue n_bytes for sending at time `now` (s) -> the time when the last of them leaves."""
-        self.sent_until = max(self.sent_until, now) + n_bytes * self.seconds_per_byte
-        return self.sent_until
-
-    def receive(self, n_bytes, left):
-        """The time when n_bytes, the last of which left their sender at `left`, have arrived."""
-        self.received_until = max(self.received_until + n_bytes * self.seconds_per_byte,
-                                  left + self.latency)
-        return self.received_until
-
-    def sleep_until(self, moment):
-        self.sleep(max(0.0, moment - self.clock()))
-
-    def computed(self, device):
-        """
-        -> a function that waits until all that was launched before this call is computed, since
-        only that can be sent, and returns the time when it was.
-        """
-        now = self.clock()
-        if device.type != 'cuda':
-            return lambda: now
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        if self.first is None or now > self.first[1] + 60:  # the two clocks drift
-            event.synchronize()
-            self.first = event, self.clock()
-
-        first, at = self.first
-
-        def moment():
-            event.synchronize()
-            return at + first.elapsed_time(event) / 1e3
-        return moment
-
-
 class Ring:
     """
     The ranks that share one sequence (a context-parallel group), seen from this rank.
 
     group: a torch.distributed process group; None: one process, and nothing is ever sent.
-    meter: bytes sent and received and exchanges made, as 'sent_fwd', 'received_fwd',
-        'exchanges_fwd', the same with bwd, counted where tensors are handed to torch.distributed,
-        and with sync, what `average` costs.
+    meter: bytes 'sent_fwd' and 'received_fwd', and 'exchanges_fwd', the same with bwd, counted
+        where tensors are handed to torch.distributed, and with sync, what `average` costs.
     """
 
     def __init__(self, group=None, link=None):
@@ -186,10 +268,13 @@ class Ring:
         self.world_size = dist.get_world_size(group) if group else 1
         self.link, self.meter = link or Link(), Counter()
 
+    def __deepcopy__(self, memo):  # of a model, say: a process group cannot be copied
+        return self
+
     def count(self, phase, n_bytes):
         """Book one exchange of so many bytes each way. phase: 'fwd', 'bwd' or 'sync'."""
-        self.meter.update({f'sent_{phase}': n_bytes, f'received_{phase}': n_bytes,
-                           f'exchanges_{phase}': 1})
+        for what, n in (('sent', n_bytes), ('received', n_bytes), ('exchanges', 1)):
+            self.meter[f'{what}_{phase}'] += n
 
     def shard(self, x, chunk_size):
         """
@@ -206,20 +291,30 @@ class Ring:
 
     def exchange(self, tensors, hop, phase):
         """
-        Post one batched send of `tensors` to the rank `hop` further on and the receive of tensors
-        of the same shapes from the rank `hop` back; do not wait. phase: 'fwd' or 'bwd', to count.
+        Post a send of `tensors` to the rank `hop` further on and the receive of tensors of the same
+        shapes from the rank `hop` back; do not wait. phase: 'fwd' or 'bwd', to count.
 
-        Returns a function that waits for both and returns the received tensors. Raises PeerError if
-        a peer is gone, now or then.
+        Returns a function that waits for both and returns the received tensors. Both raise
+        PeerError if a peer is gone.
         """
-        tensors, link = [t.contiguous() for t in tensors], self.link
-        n_bytes = sum(t.nbytes for t in tensors)
+        sent, link = [t.contiguous() for t in tensors], self.link
+        n_bytes = sum(t.nbytes for t in sent)
         self.count(phase, n_bytes)
-        if link.dialled:  # the time when its last byte leaves travels inside the message
-            device = tensors[0].device
-            leaves = link.send(n_bytes, link.computed(device)())
-            tensors.append(torch.tensor([leaves], dtype=torch.float64, device=device))
-        received = [torch.empty_like(t) for t in tensors]
+        if link.dialled:  # a last tensor, not counted, tells the receiver when our queue is through
+            leaves = link.send(n_bytes, link.computed(sent[0].device))
+            sent.append(torch.tensor([leaves], dtype=torch.float64, device=sent[0].device))
+        post = self.post(sent, hop, phase)
+
+        def wait():
+            received = post()
+            if link.dialled:
+                link.receive(n_bytes, left=received.pop().item())
+            return received
+        return wait
+
+    def post(self, sent, hop, phase):
+        """`exchange` without meter and link."""
+        received = [torch.empty_like(t) for t in sent]
         to, source = (dist.get_global_rank(self.group, (self.rank + h) % self.world_size)
                       for h in (hop, -hop))
         whom = f'rank {source}' if source == to else f'rank {source} or {to}'
@@ -229,34 +324,31 @@ class Ring:
             # news must not queue up behind our own data. As bytes: NCCL does not know all dtypes.
             works = dist.batch_isend_irecv(
                 [dist.P2POp(dist.irecv, t.view(torch.uint8), source, self.group) for t in received]
-                + [dist.P2POp(dist.isend, t.view(torch.uint8), to, self.group) for t in tensors])
+                + [dist.P2POp(dist.isend, t.view(torch.uint8), to, self.group) for t in sent])
 
         def wait():
             with waiting(whom, what):
                 for work in works:  # gloo returns one for each tensor, NCCL one for all
                     work.wait()
-            tensors.clear()  # until here the sent tensors had to stay alive
-            if link.dialled:
-                link.sleep_until(link.receive(n_bytes, received.pop().item()))
+            sent.clear()  # until here the sent tensors had to stay alive
             return received
         return wait
 
-    def circulate(self, tensors, phase, ahead):
+    def circulate(self, tensors, phase, at_once):
         """
         Send `tensors` straight to every other rank, and yield (source, theirs) as they arrive: at
-        hop h rank i sends to i + h and receives from i - h. That is as many bytes as passing blocks
-        from neighbour to neighbour, but no block waits for another: one latency, not one a hop.
+        hop h rank i sends to i + h and receives from i - h. That is as many bytes as passing shards
+        from neighbour to neighbour, but none waits for another: one latency, not one a hop.
 
-        ahead: so many exchanges are posted at once, and the next whenever one is waited for.
+        at_once: post all exchanges now; else one, and the next whenever one is waited for.
         """
         posts = (self.exchange(tensors, hop, phase) for hop in range(1, self.world_size))
-        under_way = deque(islice(posts, ahead))
+        under_way = deque(posts if at_once else islice(posts, 1))
 
         def arrivals():
             for hop in range(1, self.world_size):
-                wait = under_way.popleft()
                 under_way.extend(islice(posts, 1))
-                yield (self.rank - hop) % self.world_size, wait()
+                yield (self.rank - hop) % self.world_size, under_way.popleft()()
         return arrivals()
 
     def all_reduce(self, tensor, what, op=dist.ReduceOp.SUM, group=None):
@@ -265,6 +357,68 @@ class Ring:
             with waiting('all other ranks', what):
                 dist.all_reduce(tensor, op, group)
         return tensor
+
+
+@torch.no_grad()
+def average(tensors, ring):
+    """
+    Replace tensors, all of one dtype, by their mean over all ranks of the run, not of the ring
+    alone: in one all-reduce, since over a slow link each one costs 2 (N - 1) latencies. The meter
+    is charged what it costs each rank at least, 2 (N - 1) / N of the bytes each way (Patarasuk and
+    Yuan 2009).
+    """
+    N = dist.get_world_size() if dist.is_initialized() else ring.world_size
+    if N == 1:
+        return
+    link, what = ring.link, 'the average of gradients or weights'
+    flat = torch.cat([t.flatten() for t in tensors])
+    n_bytes = 2 * (N - 1) * flat.nbytes // N
+    ring.count('sync', n_bytes)
+    if link.dialled:  # it ends for none before the last has begun
+        leaves = torch.tensor([link.send(n_bytes, link.computed(flat.device))],
+                              dtype=torch.float64, device=flat.device)
+        ring.all_reduce(leaves, what, dist.ReduceOp.MAX)
+    ring.all_reduce(flat, what)
+    if link.dialled:  # its steps wait for each other
+        link.receive(n_bytes, left=leaves.item() + (2 * N - 3) * link.latency)
+    parts = flat.div_(N).split([t.numel() for t in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
+
+
+# -----------------------------------------------------------------------------
+# A slow link, and a ring played by one process
+
+class Link:
+    """
+    A slow full-duplex link between this rank and all others, dialled on top of the real transfers:
+    what is sent leaves through one queue of `mbps` megabits a second (0: no limit), what comes
+    arrives through another, in the order in which it is waited for, and in between lie `latency_ms`
+    milliseconds, one way. Clocks of several machines must agree to better than that.
+    """
+    clock, sleep = staticmethod(time.time), staticmethod(time.sleep)
+
+    def __init__(self, mbps=0.0, latency_ms=0.0):
+        self.dialled = mbps > 0 or latency_ms > 0
+        self.seconds_per_byte = 8e-6 / mbps if mbps else 0.0
+        self.latency = latency_ms / 1e3
+        self.sent_until = self.received_until = 0.0
+
+    def send(self, n_bytes, now):
+        """Queue n_bytes for sending at time `now` (s) -> the time when the last of them leaves."""
+        self.sent_until = max(self.sent_until, now) + n_bytes * self.seconds_per_byte
+        return self.sent_until
+
+    def receive(self, n_bytes, left):
+        """Wait for n_bytes to arrive, the last of which left their sender at the time `left`."""
+        self.received_until = max(self.received_until + n_bytes * self.seconds_per_byte,
+                                  left + self.latency)
+        self.sleep(max(0.0, self.received_until - self.clock()))
+
+    def computed(self, device):
+        """Waits until all that was launched is computed, as only that can be sent -> the time."""
+        if device.type == 'cuda':
+            torch.cuda.current_stream(device).synchronize()
+        return self.clock()
 
 
 class Rehearsal(Ring):
@@ -278,219 +432,21 @@ class Rehearsal(Ring):
         super().__init__(None, link)
         self.rank, self.world_size = world_size // 2, world_size
 
-    def exchange(self, tensors, hop, phase):
-        received = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
-        n_bytes, link = sum(t.nbytes for t in received), self.link
-        self.count(phase, n_bytes)
-        computed = link.computed(received[0].device)
-
-        def wait():
-            if link.dialled:
-                link.sleep_until(link.receive(n_bytes, link.send(n_bytes, computed())))
-            return received
-        return wait
+    def post(self, sent, hop, phase):
+        received = [t.clone() for t in sent]
+        return lambda: received
 
     def all_reduce(self, tensor, what, op=dist.ReduceOp.SUM, group=None):
         return tensor.mul_(self.world_size) if op == dist.ReduceOp.SUM else tensor
 
 
-@torch.no_grad()
-def average(tensors, ring):
-    """
-    Replace tensors, all of one dtype, by their mean over all ranks of the run, not of the ring
-    alone: in one all-reduce, since over a slow link each one costs 2 (N - 1) latencies.
-
-    The meter is charged what an all-reduce over N ranks costs each of them at least, 2 (N - 1) / N
-    of the bytes each way (Patarasuk and Yuan 2009).
-    """
-    N = dist.get_world_size() if dist.is_initialized() else ring.world_size
-    if N == 1:
-        return
-    link, what = ring.link, 'the average of gradients or weights'
-    flat = torch.cat([t.flatten() for t in tensors])
-    n_bytes = 2 * (N - 1) * flat.nbytes // N
-    ring.count('sync', n_bytes)
-    if link.dialled:  # it ends for none before the last has begun
-        leaves = torch.tensor([link.send(n_bytes, link.computed(flat.device)())],
-                              dtype=torch.float64, device=flat.device)
-        ring.all_reduce(leaves, what, dist.ReduceOp.MAX)
-    ring.all_reduce(flat, what)
-    if link.dialled:  # its steps wait for each other
-        link.sleep_until(link.receive(n_bytes, leaves.item() + (2 * N - 3) * link.latency))
-    parts = flat.div_(N).split([t.numel() for t in tensors])
-    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
-
-
-# -----------------------------------------------------------------------------
-# Ring attention
-
-def attend(ring, q, k, v, payload, codec, table, span, run=kernels.eager):
-    """
-    Causal attention of this rank's queries over the keys and values of the whole ring (Liu et al.
-    2023), where what travels is a payload that a codec turns into keys and values.
-
-    q: (B, T, H, hd), k, v: (B, T, Hkv, hd): this rank's T tokens, q and k with RoPE.
-    payload: tuple of tensors (B, S, ...), S any divisor of T: a token's numbers, a chunk's numbers.
-        Same shapes on every rank. Floating-point ones get gradients.
-    codec: what stands behind the payload; None: nothing is sent.
-        .pack(payload) -> the tensors that travel, .unpack(those, sizes, dtype) -> payload: a lossy
-            last step whose gradient is the identity. With gradient=True, the same for the gradients
-            of its floating-point tensors.
-        .expand(payload, params) -> (B, S, 2, Hkv, hd), keys before RoPE and values, of any first
-            part of a block.
-        .params: the tensors that `expand` uses, on every block this rank's own. They get the
-            gradient of this rank's queries: sum over ranks, as for any weight.
-        .keep: hold what has arrived until backward instead of sending it a second time. Right for a
-            small payload; uncompressed it would undo the memory saving of context parallelism.
-    table: (world_size, T, 2, hd): `kernels.rope_table` at the positions of every rank's tokens.
-    span: within pieces of so many tokens queries see k and v as they are; all else comes through
-        the codec, also what lies on this rank. 0: everything comes through the codec.
-    run: `kernels.compiled` or `kernels.eager`.
-
-    Returns (B, T, H, hd) in q's dtype. Accumulates in float32 at least.
-    """
-    backend = kernels.attention_backend(q.device.type, q.dtype, q.shape[-1])
-    spec = _Spec(ring, codec, table, span, run, backend, [t.shape[-1] for t in payload],
-                 [t.is_floating_point() for t in payload])
-    return _Attend.apply(spec, q, k, v, *payload, *(codec.params if codec else ()))
-
-
-@dataclass
-class _Spec:
-    """Everything about one call of `attend` that is not differentiated."""
-    ring: Ring
-    codec: Any
-    table: torch.Tensor
-    span: int
-    run: Callable
-    backend: str
-    sizes: list  # of the payload's last dimensions
-    floating: list  # which of its tensors have gradients
-
-    @property
-    def ahead(self):
-        """How many exchanges are posted before the first is waited for."""
-        return self.ring.world_size if self.codec.keep else 1
-
-    def calls(self, source):
-        return visible(self.ring.rank, source, self.table.shape[1], self.span)
-
-    def unpack(self, wire, dtype):
-        return self.run(self.codec.unpack)(wire, self.sizes, dtype)
-
-    def rebuild(self, payload, params, source):
-        """Keys with RoPE, and values, of as much of a block as any query here sees."""
-        T = self.table.shape[1]
-        n_tokens = T // 2 if source < self.ring.rank else T
-        return self.run(_rebuild)(self.codec, payload, params, self.table[source], n_tokens)
-
-
-def _rebuild(codec, payload, params, table, n_tokens):
-    part = [t[:, :t.shape[1] * n_tokens // len(table)] for t in payload]
-    kv = codec.expand(part, params)  # (B, n_tokens, 2, Hkv, hd)
-    return kernels.rope(kv[:, :, 0], table[:n_tokens]), kv[:, :, 1]
-
-
-def _add_up(codec, total, wire, sizes, dtype):
-    """total plus the gradient that came as `wire`. Sums are in `dtype`; one alone stays."""
-    found = codec.unpack(wire, sizes, dtype, gradient=True)
-    return found if total is None else [t.to(dtype) + f for t, f in zip(total, found)]
-
-
-class _Attend(torch.autograd.Function):
-
-    @staticmethod
-    def forward(ctx, s, q, k, v, *tensors):
-        payload, params = tensors[:len(s.sizes)], tensors[len(s.sizes):]
-        own, arriving, out, lse, ctx.blocks = [], [], None, None, []
-        with torch.autocast(q.device.type, enabled=False):
-            if s.codec:
-                wire = s.run(s.codec.pack)([t.detach() for t in payload])
-                own = [(s.ring.rank, wire)]
-                arriving = s.ring.circulate(wire, 'fwd', s.ahead)
-            if s.span:  # this and the own block hide the way of the first that arrives
-                out, lse = kernels.block_forward(q, k, v, s.calls(None), s.backend, s.run)
-            for source, wire in chain(own, arriving):
-                if source == s.ring.rank or s.codec.keep:
-                    ctx.blocks.append((source, wire))
-                if calls := s.calls(source):
-                    block = s.rebuild(s.unpack(wire, q.dtype), params, source)
-                    out, lse = kernels.block_forward(q, *block, calls, s.backend, s.run, out, lse)
-        out, ctx.spec = out.to(q.dtype), s
-        ctx.save_for_backward(q, k, v, out, lse, *params)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
-        s, (q, k, v, out, lse, *params) = ctx.spec, ctx.saved_tensors
-        dout = dout.contiguous()
-        if ctx.blocks is None:
-            raise RuntimeError('a second backward through ring attention: what arrived is gone')
-        learned = ctx.needs_input_grad[4 + len(s.sizes):]
-        params = [p.detach().requires_grad_(need) for p, need in zip(params, learned)]
-        dq = dk = dv = total = None
-        dparams, returning = [None] * sum(learned), deque()  # gradients of our own payload
-
-        def collect(n_left):
-            nonlocal total
-            while len(returning) > n_left:
-                total = s.run(_add_up)(s.codec, total, returning.popleft()(), s.sizes,
-                                       kernels.accumulation_dtype(q.dtype))
-
-        with torch.autocast(q.device.type, enabled=False):
-            own, others = ctx.blocks[:1], ctx.blocks[1:]
-            if s.codec and not s.codec.keep:
-                others = s.ring.circulate(own[0][1], 'bwd', s.ahead)
-            if s.span:
-                dq, dk, dv = kernels.block_backward(
-                    dout, q, k, v, out, lse, s.calls(None), s.backend, s.run)
-            # the own block comes last: it hides the way of the last gradient
-            for source, wire in chain(others, own):
-                if not (calls := s.calls(source)):
-                    continue
-                # 1. Rebuild keys and values, with a graph that ends at the payload and the params.
-                payload = [t.detach().requires_grad_(f)
-                           for t, f in zip(s.unpack(wire, q.dtype), s.floating)]
-                with torch.enable_grad():
-                    block = s.rebuild(payload, params, source)
-                # 2. Gradients of attention: our share of dq, all that our queries add to dk and dv.
-                dq, *dblock = kernels.block_backward(
-                    dout, q, *(t.detach() for t in block), out, lse, calls, s.backend, s.run, dq)
-                # 3. From dk and dv through `expand` to the payload and the params.
-                leaves = [t for t in (*payload, *params) if t.requires_grad]
-                grads, n = torch.autograd.grad(block, leaves, dblock), sum(s.floating)
-                dparams = [g if d is None else d + g for d, g in zip(dparams, grads[n:])]
-                # 4. The payload's gradient goes to the block's owner, h ranks back; ours comes
-                #    from h ranks ahead. Our own share is rounded as if it too had travelled: with
-                #    few ranks the same noise as with many.
-                packed = s.run(s.codec.pack)(grads[:n], gradient=True)
-                returning.append(functools.partial(list, packed) if source == s.ring.rank else
-                                 s.ring.exchange(packed, source - s.ring.rank, 'bwd'))
-                collect(n_left=s.ahead)
-            collect(n_left=0)  # 5. Add up what comes back.
-        ctx.blocks = None  # autograd may hold ctx for longer
-        dpayload, dparams = iter(total or []), iter(dparams)
-        return (None, dq.to(q.dtype), dk, dv,
-                *(next(dpayload, None) if f else None for f in s.floating),
-                *(next(dparams) if need else None for need in learned))
-
-
 # -----------------------------------------------------------------------------
 # `python ring.py`: how fast ring attention is on this machine
 
-class _Uncompressed:
-    """The simplest codec: the payload is kv (B, T, 2, H, hd)."""
-    keep, params = False, ()
-
-    def pack(self, tensors, gradient=False):
-        return list(tensors)
-
-    def unpack(self, wire, sizes, dtype, gradient=False):
-        return list(wire)
-
-    def expand(self, payload, params):
-        return payload[0]
+_UNCOMPRESSED = SimpleNamespace(  # the simplest codec: the payload is kv (B, T, 2, H, hd)
+    keep=False, pack=lambda tensors, gradient=False: list(tensors),
+    unpack=lambda wire, sizes, dtype, gradient=False: list(wire),
+    expand=lambda payload, tokens, params: payload[0])
 
 
 def _milliseconds(f, n):
@@ -506,83 +462,78 @@ def _milliseconds(f, n):
     return (time.perf_counter() - start) * 1e3 / n
 
 
-def _theirs(mesh, tensors, backend):
-    """A function that times n calls of PyTorch's context_parallel. tensors: q, k, v, dout."""
+def _replay(f):
+    """f's kernels as one CUDA graph, like a training step's with --compile (`mos_cp.graphed`)."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+        f()
+    return graph.replay
+
+
+def _theirs(mesh, tensors, backend, n):
+    """Milliseconds of PyTorch's context_parallel, as above. tensors: q, k, v, dout."""
     from torch.distributed.tensor.experimental import context_parallel
     from torch.distributed.tensor.experimental._attention import set_rotate_method
     from torch.nn.attention import SDPBackend, sdpa_kernel
     set_rotate_method('alltoall')
     kernel = SDPBackend.CUDNN_ATTENTION if backend == 'cudnn' else SDPBackend.FLASH_ATTENTION
-
-    def timed(n):
-        *leaves, dout = its = [x.transpose(1, 2).contiguous() for x in tensors]  # (1, H, T, hd)
-        with context_parallel(mesh, buffers=its, buffer_seq_dims=[2] * 4), sdpa_kernel(kernel):
-            for x in leaves:
-                x.requires_grad_()
-            result = _milliseconds(lambda: torch.autograd.grad(
-                F.scaled_dot_product_attention(*leaves, is_causal=True), leaves, dout), n)
-            for x in leaves:
-                x.requires_grad_(False)
-        return result
-    return timed
+    *leaves, dout = its = [x.transpose(1, 2).contiguous() for x in tensors]  # (1, H, T, hd)
+    with context_parallel(mesh, buffers=its, buffer_seq_dims=[2] * 4), sdpa_kernel(kernel):
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        return _milliseconds(lambda: torch.autograd.grad(
+            F.scaled_dot_product_attention(*leaves, is_causal=True), leaves, dout), n)
 
 
-def _benchmark(rank, world_size, store):
-    """One process of the benchmark; rank 0 prints. store: path of a file that does not exist."""
-    cuda, rows = torch.cuda.is_available(), [(2048, 4, 64), (8192, 4, 64)]
-    device, dtype, run = torch.device('cpu'), torch.float32, kernels.eager
+def _benchmark(rank, P, store):
+    """One process of P; rank 0 prints. store: path of a file that does not exist."""
+    cuda, device, dtype = torch.cuda.is_available(), torch.device('cpu'), torch.float32
     if cuda:
-        device, dtype, run = torch.device('cuda', rank), torch.bfloat16, kernels.compiled
+        device, dtype = torch.device('cuda', rank), torch.bfloat16
         torch.cuda.set_device(device)
-        rows = [(32768, 16, 128), (131072, 16, 128), (262144, 16, 128), (32768, 8, 256)]
     torch.set_num_threads(1)
     dist.init_process_group('nccl' if cuda else 'gloo', init_method=f'file://{store}', rank=rank,
-                            world_size=world_size, device_id=device if cuda else None)
-    mesh = dist.init_device_mesh(device.type, (world_size,))
-    ring = Ring(mesh.get_group())
-    for T, H, hd in rows:
-        backend = kernels.attention_backend(device.type, dtype, hd)
-        g, chunk_size = torch.Generator(device).manual_seed(0), T // (2 * world_size)
-        whole = [torch.randn(1, T, H, hd, generator=g, dtype=dtype, device=device)
-                 for _ in range(4)]  # q, k, v, dout
-        q, k, v, dout = (ring.shard(x, chunk_size).detach().requires_grad_() for x in whole)
+                            world_size=P, device_id=device if cuda else None)
+    ring, mesh = Ring(dist.group.WORLD), dist.init_device_mesh(device.type, (P,))
+    H, hd = (16, 128) if cuda else (4, 64)
+    backend = kernels.attention_backend(device.type, dtype, hd)
+    if rank == 0:
+        heads = 'one process', 'ring.py', *(('in a CUDA graph', 'context_parallel') if cuda else ())
+        print(f'{P} x {torch.cuda.get_device_name() if cuda else "CPU"}, torch {torch.__version__};'
+              f' causal attention ({backend}), {H} heads of {hd}, forward and backward: ms, and in '
+              f"brackets the share of the ideal, one process's time divided by {P}\n\n"
+              '| T | ' + ' | '.join(heads) + ' |\n' + '|---' * (1 + len(heads)) + '|')
+    for n_tokens in (4096, 8192, 16384, 65536) if cuda else (1024, 4096):  # of a rank
+        T, g = n_tokens * P, torch.Generator(device).manual_seed(0)
+        whole = torch.randn(4, 1, T, H, hd, generator=g, dtype=dtype, device=device)
+        q, k, v, dout = (ring.shard(x, n_tokens // 2).detach().requires_grad_() for x in whole)
         kv = torch.stack((k, v), dim=2).detach().requires_grad_()
-        table = torch.tensor([1.0, 0.0], dtype=dtype, device=device)[:, None]  # rotates by nothing
-        table = table.expand(world_size, T // world_size, 2, hd).contiguous()
+        table = kernels.rope_table(1, hd, 1.0).to(device)  # all at position 0: rotates by nothing
+        table = table.expand(P, n_tokens, 2, hd)
 
         def alone():
             out, lse = kernels.attention_forward(*whole[:3], True, backend)
             return out, *kernels.attention_backward(whole[3], *whole[:3], out, lse, True, backend)
 
         def ours():
-            out = attend(ring, q, k, v, (kv,), _Uncompressed(), table, chunk_size, run)
+            with kernels.compiling(cuda):
+                out = attend(ring, q, k, v, (kv,), _UNCOMPRESSED, (), table, None, span=n_tokens)
             return out, *torch.autograd.grad(out, (q, k, v, kv), dout)
         out, dq, dk, dv, dkv = ours()
         for x, y in zip(alone(), (out, dq, dk + dkv[:, :, 0], dv + dkv[:, :, 1])):
-            x = ring.shard(x, chunk_size)
-            error = ((x - y).float().norm() / x.float().norm()).item()
-            assert error < 1e-2, f'ring attention differs from attention by {error:.1e}'
-        timed = [functools.partial(_milliseconds, f) for f in (alone, ours)]
-        timed += [_theirs(mesh, whole, backend)] if cuda else []
-        times = [[f(5 if T < 100_000 else 1) for f in timed] for _ in range(3)]
+            x, y = ring.shard(x, n_tokens // 2).float(), y.float()
+            assert (x - y).norm() < 1e-2 * x.norm(), 'ring attention differs from attention'
+        fs, n = [alone, ours, *([_replay(ours)] if cuda else ())], 5 if T < 100_000 else 1
+        times = [[_milliseconds(f, n) for f in fs]
+                 + ([_theirs(mesh, whole, backend, n)] if cuda else []) for _ in range(3)]
         one, *several = (sorted(t)[1] for t in zip(*times))  # medians
-        flops = 7 * T * T * H * hd  # causal: 4 T^2 H hd forward and 10 T^2 H hd backward, halved
         if rank == 0:
-            cells = [f'{t:.1f} ({one / world_size / t:.1%})' for t in several]
-            print(f'| {T} | {H} x {hd} | {backend} | {one:.1f} ({flops / one / 1e9:.3g}) | '
-                  + ' | '.join(cells) + ' |', flush=True)
+            print(f'| {T} | {one:.1f} |', *(f'{t:.1f} ({one / P / t:.1%}) |' for t in several),
+                  flush=True)
+        fs.clear()  # NCCL waits for its graphs before it ends
     dist.destroy_process_group()
 
 
 if __name__ == '__main__':
-    import os
-    import tempfile
-    cuda = torch.cuda.is_available()
     n = torch.cuda.device_count() or 2
-    print(f'{n} x {torch.cuda.get_device_name() if cuda else "CPU process"}, torch '
-          f'{torch.__version__}; causal attention, forward and backward, batch 1: ms, and in '
-          f"brackets the share of the ideal, which is one process's time divided by {n}\n\n"
-          f'| T | heads x size | kernel | one process, ms (TFLOP/s) | ring.py on {n} |'
-          + (" PyTorch's context_parallel |\n|---" if cuda else '\n') + '|---' * 5 + '|')
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_benchmark, (n, os.path.join(folder, 'store')), nprocs=n)
+        torch.multiprocessing.spawn(_benchmark, (n, f'{folder}/store'), nprocs=n)

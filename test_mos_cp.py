@@ -3,6 +3,7 @@ Tests. The oracle is one process with one dense softmax in float64, differentiat
 every parallel path must equal it on every rank. Checks that need several processes run in one
 spawn for each world size (gloo, CPU); `pytest -k "every_rank and 2-"` selects those of two.
 """
+import copy
 import fcntl
 import io
 import itertools
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from contextlib import contextmanager, nullcontext
@@ -64,7 +66,7 @@ def double(*shape, generator=None):
 # -----------------------------------------------------------------------------
 # The oracle
 
-def dense_attend(ring, q, k, v, payload, codec, table, span, run=None):
+def dense_attend(ring, q, k, v, payload, codec, params, table, tokens, span):
     """`attend` on one process: all scores at once, one mask, one softmax, and autograd."""
     t = torch.arange(q.shape[1])
     past = t[:, None] >= t
@@ -75,7 +77,7 @@ def dense_attend(ring, q, k, v, payload, codec, table, span, run=None):
         travelled = codec.unpack(packed, [p.shape[-1] for p in payload], q.dtype)
         payload = [p + (w - p).detach() if p.is_floating_point() else p
                    for p, w in zip(payload, travelled)]
-        kv = codec.expand(payload, codec.params)
+        kv = codec.expand(payload, None if tokens is None else tokens[0], params)
         blocks.append((kernels.rope(kv[:, :, 0], table[0]), kv[:, :, 1], past & ~own))
     groups = q.shape[2] // blocks[0][0].shape[2]
     scores = [torch.einsum('bthd,bshd->bhts', q, k.repeat_interleave(groups, 2))
@@ -116,6 +118,31 @@ def test_quantize(bits, dtype):
     assert bias.abs().max() < 5 * 0.5 / n ** 0.5, bias.abs().max()
 
 
+def test_fused(monkeypatch):
+    """Compiled within `compiling` and by this thread alone, once for all objects."""
+    made, found = [], []
+    monkeypatch.setattr(torch, 'compile',
+                        lambda f, **options: made.append(f) or (lambda *args: -f(*args)))
+
+    class Twice:
+        @kernels.fused
+        def twice(self, x):
+            return 2 * x
+
+    def call():
+        found.append(Twice().twice(3))
+    with kernels.compiling(True):
+        call()
+        with kernels.compiling(False):
+            call()
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        call()
+    call()
+    assert found == [-6, 6, 6, -6, 6] and len(made) == 1
+
+
 def test_rope():
     """A rotation of the pairs (i, i + hd/2), so that scores depend on distance alone."""
     q, frequency = double(1, 20, 1, 8), 10.0 ** (-torch.arange(0, 8, 2).double() / 8)
@@ -131,7 +158,7 @@ def test_rope():
 def test_causal_work_is_shared_evenly():
     for P in (2, 3, 4):  # chunk c: c blocks below the diagonal, half on it
         assert len({sum(2 * c + 1 for c in zigzag(4 * P, P, r)) for r in range(P)}) == 1
-    assert len(visible(0, 0, 16, 1)) == 4  # 8, 4, 2, 1 chunks at a time
+    assert len(visible(1, 16, 0, 0)) == 4  # 8, 4, 2, 1 chunks at a time
 
 
 class FakeLink(Link):
@@ -151,7 +178,9 @@ def test_link_queues():
     # one after the other; an idle link sends at once
     assert [link.send(10**6, now) for now in (0.0, 0.0, 5.0)] == pytest.approx([1, 2, 6])
     # sent back to back the latency is not paid again; from another sender as fast as we receive
-    assert [link.receive(10**6, left) for left in (1.0, 2.0, 2.0)] == pytest.approx([1.1, 2.1, 3.1])
+    for left, arrives in ((1.0, 1.1), (2.0, 2.1), (2.0, 3.1)):
+        link.receive(10**6, left)
+        assert link.time == pytest.approx(arrives)
     no_limit = Link(latency_ms=1)
     assert no_limit.dialled and no_limit.send(10**9, now=1.0) == 1.0 and not Link().dialled
 
@@ -190,17 +219,17 @@ def check(f):
 
 
 class ToyCodec(mos_cp.Full):
-    """A shared weight, and a second, coarser payload tensor: nothing that mos_cp.py has."""
+    """A shared weight, a table of tokens, and a second, coarser payload tensor."""
 
-    def __init__(self, weight, n_kv_head, keep):
+    def __init__(self, n_kv_head, keep):
         super().__init__()
-        self.params, self.n_kv_head, self.keep = (weight,), n_kv_head, keep
+        self.n_kv_head, self.keep = n_kv_head, keep
 
-    def expand(self, payload, params):
-        z, s = payload
+    def expand(self, payload, tokens, params):
+        (z, s), (weight, guess) = payload, params
         z = z.unflatten(1, (s.shape[1], -1)) * s[:, :, None]
-        kv = z @ params[0].to(z.dtype)  # (B, c, L, 2 Hkv hd)
-        return kv.flatten(1, 2).unflatten(-1, (2, self.n_kv_head, -1))
+        kv = (z @ weight.to(z.dtype)).flatten(1, 2) + guess[tokens].to(z.dtype)
+        return kv.unflatten(-1, (2, self.n_kv_head, -1))  # (B, S, 2, Hkv, hd)
 
 
 def attention_case(ring, n_chunks, n_head, n_kv_head, span, keep, dtype=torch.float64):
@@ -208,30 +237,33 @@ def attention_case(ring, n_chunks, n_head, n_kv_head, span, keep, dtype=torch.fl
     g, B, hd, L = seeded(0), 2, 8, 4
     T = n_chunks * L
     shapes = dict(q=(B, T, n_head, hd), k=(B, T, n_kv_head, hd), v=(B, T, n_kv_head, hd),
-                  latent=(B, T, 5), per_chunk=(B, n_chunks, 1), weight=(5, 2 * n_kv_head * hd))
+                  latent=(B, T, 5), per_chunk=(B, n_chunks, 1), weight=(5, 2 * n_kv_head * hd),
+                  guess=(9, 2 * n_kv_head * hd))
+    shared, all_tokens = ('weight', 'guess'), torch.randint(9, (B, T), generator=g)
     whole = {name: double(*shape, generator=g) for name, shape in shapes.items()}
     dout = double(B, T, n_head, hd, generator=g)
     table = kernels.rope_table(T, hd, base=10.0).double()
 
     def part(name, x):
         """What this rank holds of a tensor."""
-        return x if name == 'weight' else ring.shard(x, 1 if name == 'per_chunk' else L)
+        return x if name in shared else ring.shard(x, 1 if name == 'per_chunk' else L)
 
     def run(attend, ring, tensors, dout):
         t = {name: x.clone().requires_grad_() for name, x in tensors.items()
              if span or name not in 'kv'}
         where = ring_module.positions(T, ring.world_size, torch.device('cpu'))
-        codec = ToyCodec(t['weight'], n_kv_head, keep)
-        out = attend(ring, t['q'], t.get('k'), t.get('v'), (t['latent'], t['per_chunk']), codec,
-                     table[where].to(dtype), span * L)
+        out = attend(ring, t['q'], t.get('k'), t.get('v'), (t['latent'], t['per_chunk']),
+                     ToyCodec(n_kv_head, keep), [t[name] for name in shared],
+                     table[where].to(dtype), all_tokens[:, where].transpose(0, 1), span * L)
         return out, dict(zip(t, torch.autograd.grad(out, list(t.values()), dout)))
 
     expected_out, expected = run(dense_attend, Ring(), whole, dout)
-    mine = {name: part(name, x).to(torch.float64 if name == 'weight' else dtype)
+    mine = {name: part(name, x).to(torch.float64 if name in shared else dtype)
             for name, x in whole.items()}
     out, found = run(attend, ring, mine, part('dout', dout).to(dtype))
     if ring.world_size > 1:  # every rank has the share of its own queries
-        dist.all_reduce(found['weight'], group=ring.group)
+        for name in shared:
+            dist.all_reduce(found[name], group=ring.group)
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.3}[dtype]
     assert out.dtype == dtype
     assert_close(out.double(), part('out', expected_out), 'out', tolerance)
@@ -256,19 +288,19 @@ def ring_equals_dense_in_low_precision(ring):
 
 
 @check
-def one_block_is_ahead_without_keep(ring):
-    """Every rank's tensors arrive once; `ahead` exchanges are posted, then one before each wait."""
+def one_shard_is_ahead_without_keep(ring):
+    """Every rank's tensors arrive once; all exchanges are posted, or one before each wait."""
     P, exchange, log = ring.world_size, ring.exchange, []
+    assert copy.deepcopy(ring) is ring  # with a model: a process group cannot be copied
 
     def noting(*args):
         wait = exchange(*args)
         log.append('post')
         return lambda: (log.append('wait'), wait())[1]
-    for ahead in (1, P):
+    for at_once, n in ((False, min(1, P - 1)), (True, P - 1)):
         log.clear()
-        n = min(ahead, P - 1)
         with patch.object(ring, 'exchange', noting):
-            arrivals = ring.circulate([torch.full((3,), float(ring.rank))], 'fwd', ahead)
+            arrivals = ring.circulate([torch.full((3,), float(ring.rank))], 'fwd', at_once)
             assert log == n * ['post']  # before anything is asked for
             sources = [source for source, (t,) in arrivals if (t == source).all()]
         assert sources == [(ring.rank - hop) % P for hop in range(1, P)]
@@ -315,10 +347,10 @@ def bad_lengths_are_refused(ring):
 def test_sums_over_blocks_are_float32():
     """256 + 1 + 1 is 256 if it is added up in bfloat16."""
     ones, dq = torch.ones(1, 4, 1, 1).bfloat16(), None
-    parts, call = (256 * ones, ones, ones), kernels.Call(4, slice(0, 4), slice(0, 4), False)
+    parts, call = (256 * ones, ones, ones), kernels.Call(1, slice(0, 4), slice(0, 4), False)
     for part in parts:  # block after block
-        dq = kernels.add_all(dq, [(part,) * 3], [call], ones, ones)[0]
-    dk = kernels.add_all(None, [(part,) * 3 for part in parts], [call] * 3, ones, ones)[1]
+        dq = kernels.add_gradients(dq, [(part,) * 3], [call], ones, ones)[0]
+    dk = kernels.add_gradients(None, [(part,) * 3 for part in parts], [call] * 3, ones, ones)[1]
     assert (dq == 258).all() and (dk == 258).all()
 
 
@@ -602,7 +634,7 @@ def test_int4_and_topk_keep_what_they_say():
     assert ((kv - rebuilt).abs() <= half_step).all()
     codec = mos_cp.TopK(GPTConfig(n_head=4, n_kv_head=1, n_embd=64, topk=0.25, send='topk'))
     kv = double(2, 32, 2, 1, 16)
-    rebuilt = codec.expand(codec.compress(kv), ())
+    rebuilt = codec.expand(codec.compress(kv), None, ())
     kept, size = rebuilt != 0, kv.abs()
     assert (kept.sum(-1) == 4).all() and torch.equal(rebuilt[kept], kv[kept])
     assert (size.masked_fill(~kept, 9).amin(-1) >= size.masked_fill(kept, 0).amax(-1)).all()
@@ -634,7 +666,7 @@ def test_own_codec():
         def compress(self, kv):
             return (kv[..., :4],)
 
-        def expand(self, payload, params):
+        def expand(self, payload, tokens, params):
             return torch.nn.functional.pad(payload[0], (0, 12))
 
     def steps(*attend):
@@ -661,7 +693,7 @@ def test_subspace_projects():
     for joint_kv in (True, False):
         codec = mos_cp.Subspace(GPTConfig(n_head=1, n_embd=16, rank=7, joint_kv=joint_kv), 0)
         projector = torch.block_diag(*(b.U0 @ b.U0.T for b in codec.double().bases))
-        rebuilt = codec.expand(codec.compress(kv), codec.params)
+        rebuilt = codec.expand(codec.compress(kv), None, codec.params)
         assert_close(rebuilt, (kv.flatten(2) @ projector).view_as(kv), 'kv')
 
 
@@ -913,7 +945,7 @@ def test_learning_rate():
 def test_plan(capsys):
     """--plan against the numbers written out: 4 ranks, 2 layers of d = 32, 128 tokens, bf16."""
     sizes = dict(block_size=128, n_chunks=8, n_layer=2, n_head=4, n_embd=32, latent_dim=6,
-                 n_generators=0, guess='none')
+                 n_generators=0, guess_dim=0)
     flags = dict(sizes, cp=4, batch_size=1000, wire_dtype='int4', grad_wire_dtype='compute',
                  sync_every=10, tflops=6e-4)  # full: forward waits for the wire, backward hides it
     assert train.main(['--plan', *(f'--{k}={v}' for k, v in flags.items())]) is None
@@ -1537,7 +1569,7 @@ SOMETIMES = {
     'n_kv_head': (1, 2), 'wire_dtype': ('compute', 'bf16', 'int8', 'int4'),
     'grad_wire_dtype': ('compute', 'compute', 'int8', 'int4'), 'exact_local': (True, False),
     'joint_kv': (True, False), 'subspace': ('frozen', 'learned'), 'latent_dim_k': (1, 2, 30),
-    'theta': ('token', 'chunk'), 'guess': mos_cp.CHOICES['guess'], 'n_generators': (0, 1, 2),
+    'theta': ('token', 'chunk'), 'guess_dim': (0, 3, 256), 'n_generators': (0, 1, 2),
     'generator_norm': ('frobenius', 'spectral'), 'theta_clip': (0.0, 0.5),
     'topk': (0.05, 0.5, 1.0), 'compress_last': (True, False), 'unplug_at': (0, 1),
     'warm_basis': ('activations', 'weights'), 'codec_lr': (0.1, 1.0),

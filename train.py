@@ -92,7 +92,7 @@ class RunConfig:
 
 PRESETS = {
     'tiny': dict(n_layer=2, block_size=256),
-    'needle': dict(data='needle', guess='none', n_layer=2, n_embd=64, block_size=16, n_chunks=4,
+    'needle': dict(data='needle', guess_dim=0, n_layer=2, n_embd=64, block_size=16, n_chunks=4,
                    batch_size=64, max_iters=300, warm_start=10, learning_rate=5e-3, min_lr=2e-4,
                    eval_interval=150, sample_tokens=0),
     '124m': dict(n_layer=12, n_head=12, n_embd=768, latent_dim=128, block_size=16384, batch_size=1,
@@ -106,7 +106,7 @@ PRESETS = {
 
 METHODS = {
     'ours': {},
-    'paper': dict(theta='chunk', n_generators=1, subspace='frozen', guess='none', joint_kv=False,
+    'paper': dict(theta='chunk', n_generators=1, subspace='frozen', guess_dim=0, joint_kv=False,
                   exact_local=False, generator_norm='frobenius', theta_clip=0.5,
                   wire_dtype='compute', compress_last=False, warm_send='full',
                   warm_basis='weights', codec_lr=1.0),
@@ -417,7 +417,8 @@ class Estimate:
             model = GPT(config)
             shape = 1, config.block_size // P, 2, config.n_kv_head, config.head_dim
             kv = torch.empty(*shape, dtype=dtype)
-            layers = [b.attn.codec.wire_bytes(kv) for b in model.h if b.attn.codec]
+            layers = [b.attn.codec.wire_bytes(kv, model.wte.weight) for b in model.h
+                      if b.attn.codec]
         self.fwd, self.bwd = (sum(n) * (P - 1) / config.block_size for n in zip((0, 0), *layers))
         self.P, self.hides = P, not ulysses
         if ulysses:  # queries, keys, values and outputs change hands, and so do their gradients
