@@ -284,7 +284,7 @@ CODECS = {'mixture': Mixture, 'full': Full, 'topk': TopK, 'local': None}  # the 
 # Configuration
 
 CHOICES = {  # the values an option takes; train.py's flags check against these too
-    'send': tuple(CODECS),
+    'send': CODECS,
     'wire_dtype': ('auto', 'compute', 'bf16', 'int8', 'int4'),
     'grad_wire_dtype': ('same', 'compute', 'bf16', 'int8', 'int4'),
     'theta': ('token', 'chunk'),
