@@ -218,8 +218,8 @@ class Mixture(Full):
         if m := self.guess_dim:
             # 1. Ridge regression: W = argmin |Z - W [e, 1]|^2 + 0.01 |e|^2 |W|^2
             ez, ee = C[dim:, :dim], C[dim:, dim:]
-            ridge = torch.full_like(ee[0], 0.01 * ee.diagonal()[:-1].mean())
-            ridge[-1] = 1e-6
+            ridge = torch.full_like(ee[0], 0.01 * ee.diagonal()[:-1].mean() + 1e-6)
+            ridge[-1] = 1e-6  # not of the mean
             W = torch.linalg.solve(ee + ridge.diag(), ez).T  # (2 d, n_embd + 1)
             # 2. The best of rank m: W projected on the principal directions of what it predicts
             self.W_out.copy_(torch.linalg.eigh(W @ ee @ W.T)[1][:, -m:])

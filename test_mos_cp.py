@@ -222,7 +222,7 @@ class ToyCodec(mos_cp.Full):
     """A shared weight, a table of tokens, and a second, coarser payload tensor."""
 
     def __init__(self, n_kv_head, keep):
-        super().__init__()
+        super().__init__(GPTConfig(wire_dtype='compute'), 0)
         self.n_kv_head, self.keep = n_kv_head, keep
 
     def expand(self, payload, tokens, params):
@@ -1199,7 +1199,7 @@ def test_life_of_the_codec(tmp_path, monkeypatch, capfd):
         life.append(f'start of {len(moments)} while {self.sends}'), start(self, moments)))
     argv = '--gradient_accumulation_steps=1', '--unplug_at=7', '--warm_basis=weights'
     run = small_run(tmp_path, *argv)
-    assert life == ['local'] * 3 + ['start of 2 while local'] + ['mixture'] * 4 + ['full'] * 5
+    assert life == ['local'] * 3 + ['start of 2 while local'] + ['codec'] * 4 + ['full'] * 5
     said = re.findall(r'^iter +(\d+): (.*s sent|.*starts)', capfd.readouterr().out, re.MULTILINE)
     assert said == [('0', 'nothing is sent'), ('3', 'the codec starts'), ('7', 'all is sent')]
     life.clear()
@@ -1211,7 +1211,7 @@ def test_life_of_the_codec(tmp_path, monkeypatch, capfd):
     assert model.sends == 'full' and life == ['full'] * 2
     life.clear()
     small_run(tmp_path, *argv, '--send=topk', '--warm_send=full')
-    assert life == ['full'] * 3 + ['topk'] * 4 + ['full'] * 5
+    assert life == ['full'] * 3 + ['codec'] * 4 + ['full'] * 5
 
 
 def test_optimizer_options(tmp_path):
