@@ -218,8 +218,8 @@ class Mixture(Full):
         if m := self.guess_dim:
             # 1. Ridge regression: W = argmin |Z - W [e, 1]|^2 + 0.01 |e|^2 |W|^2
             ez, ee = C[dim:, :dim], C[dim:, dim:]
-            ridge = torch.full_like(ee[0], 0.01 * ee.diagonal()[:-1].mean())
-            ridge[-1] = 1e-6
+            ridge = torch.full_like(ee[0], 0.01 * ee.diagonal()[:-1].mean() + 1e-6)
+            ridge[-1] = 1e-6  # not of the mean
             W = torch.linalg.solve(ee + ridge.diag(), ez).T  # (2 d, n_embd + 1)
             # 2. The best of rank m: W projected on the principal directions of what it predicts
             self.W_out.copy_(torch.linalg.eigh(W @ ee @ W.T)[1][:, -m:])
@@ -284,7 +284,7 @@ CODECS = {'mixture': Mixture, 'full': Full, 'topk': TopK, 'local': None}  # the 
 # Configuration
 
 CHOICES = {  # the values an option takes; train.py's flags check against these too
-    'send': tuple(CODECS),
+    'send': CODECS,
     'wire_dtype': ('auto', 'compute', 'bf16', 'int8', 'int4'),
     'grad_wire_dtype': ('same', 'compute', 'bf16', 'int8', 'int4'),
     'theta': ('token', 'chunk'),
@@ -405,12 +405,12 @@ class Attention(nn.Module):
         codec, last = CODECS[config.send], layer == config.n_layer - 1
         self.codec = codec and (codec(config, layer) if config.compress_last or not last
                                 else self.plain)
-        self.sends = config.send  # see GPT.set_send
+        self.sends = 'codec'  # see GPT.set_send
 
     @property
     def active(self):
         """The codec in use now; None: nothing is sent."""
-        return {'local': None, 'full': self.plain, self.config.send: self.codec}[self.sends]
+        return {'local': None, 'full': self.plain, 'codec': self.codec}[self.sends]
 
     def project(self, x, table, tokens, embedding):
         """
@@ -486,7 +486,7 @@ class GPT(nn.Module):
     def __init__(self, config, ring=None):
         super().__init__()
         self.config, self.ring = config, ring or Ring()
-        self.sends = config.send
+        self.sends = 'codec'
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = Norm(config.n_embd, eps=1e-5)
@@ -573,7 +573,7 @@ class GPT(nn.Module):
     # -- a codec's life: warm start, on, unplugged
 
     def set_send(self, send):
-        """From now on send nothing ('local'), everything ('full'), or what config.send says."""
+        """From now on send nothing ('local'), everything ('full'), or what config says ('codec')."""
         self.sends = send
         for block in self.h:
             block.attn.sends = send
@@ -582,7 +582,7 @@ class GPT(nn.Module):
         return self.sends
 
     def set_extra_state(self, sends):
-        self.set_send(sends if sends in ('local', 'full') else self.config.send)
+        self.set_send(sends)
 
     @property
     def codecs(self):

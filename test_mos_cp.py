@@ -222,7 +222,7 @@ class ToyCodec(mos_cp.Full):
     """A shared weight, a table of tokens, and a second, coarser payload tensor."""
 
     def __init__(self, n_kv_head, keep):
-        super().__init__()
+        super().__init__(GPTConfig(wire_dtype='compute'), 0)
         self.n_kv_head, self.keep = n_kv_head, keep
 
     def expand(self, payload, tokens, params):
@@ -337,8 +337,7 @@ def bad_lengths_are_refused(ring):
     for call, message in (
             (lambda: ring.shard(x, 4), r'length \(33\) must be a multiple of the chunk size \(4\)'),
             (lambda: ring.shard(x[:, :4], 4), r'n_chunks \(1\) must be a multiple of 2 \* cp'),
-            (lambda: model(x[:, :4]), r'shard length \(4\) must be a multiple of two chunks, '
-             r'2 \* block_size / n_chunks \(8\)')):
+            (lambda: model(x[:, :4]), r'n_chunks \(1\) must be a multiple of 2 \* cp')):
         if ring.world_size > 1:
             with pytest.raises(ValueError, match=message):
                 call()
@@ -358,39 +357,46 @@ def test_sums_over_blocks_are_float32():
 # mos_cp.py on every rank of a ring
 
 EXACT = dict(grad_wire_dtype='compute')  # a gradient that travels is not rounded at random
-ROTATED = dict(basis='rotated')
-PAPER = dict(basis='rotated', joint_kv=False, exact_local=False)
+ONE = dict(n_generators=0, guess_dim=0)  # one learned subspace
+PAPER = dict(subspace='frozen', theta='chunk', n_generators=1, guess_dim=0, joint_kv=False,
+             exact_local=False)
 OPTIONS = [  # what a model can send
     dict(send='full'), dict(send='local'), dict(send='topk', topk=0.3),
     dict(send='topk', exact_local=False), dict(send='full', wire_dtype='int4', **EXACT),
     dict(send='full', wire_dtype='int8', exact_local=False, **EXACT),
     dict(send='topk', exact_local=False, wire_dtype='int8', **EXACT),
     dict(), dict(compress_last=False), dict(recompute=True), dict(wire_dtype='int4', **EXACT),
-    dict(wire_dtype='bf16', joint_kv=False, **EXACT), dict(joint_kv=False, rank_k=4),
-    dict(exact_local=False), dict(basis='fixed'), {**PAPER, 'basis': 'fixed'},
-    ROTATED, dict(PAPER, compress_last=False), dict(PAPER, wire_dtype='int8', **EXACT),
-    dict(ROTATED, generator='spectral', n_generators=3), dict(ROTATED, theta_clip=0.0),
+    dict(wire_dtype='bf16', joint_kv=False, **EXACT), dict(joint_kv=False, latent_dim_k=4),
+    dict(exact_local=False), ONE, dict(n_generators=0), dict(guess_dim=0, n_generators=2),
+    dict(theta='chunk'), dict(subspace='frozen', n_generators=0),
+    dict(subspace='frozen', n_generators=2), {**PAPER, 'n_generators': 0},
+    dict(PAPER, compress_last=False), dict(PAPER, wire_dtype='int8', **EXACT),
+    {**PAPER, 'exact_local': True, 'generator_norm': 'spectral', 'n_generators': 3},
+    dict(PAPER, theta_clip=0.0),
 ]
 
 
 def small_model(ring=None, seed=0, **options):
-    """A float64 GPT with odd head counts, grouped keys and a rotation that does something."""
+    """A float64 GPT with odd head counts, grouped keys, a mixture and a guess that do something."""
     sizes = dict(block_size=32, n_chunks=8, n_layer=2, n_head=3, n_kv_head=1, n_embd=48,
-                 vocab_size=50, rank=7, wire_dtype='compute')
+                 vocab_size=50, latent_dim=7, guess_dim=5, wire_dtype='compute')
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{**sizes, **options}), ring).double()
+    model, g = GPT(GPTConfig(**{**sizes, **options}), ring).double(), seeded(seed)
     model.loss_tokens = 5
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.mul_(30 if 'psi' in name else 3 if p.dim() == 2 and 'codec' not in name else 1)
+            if 'codec' in name and p.requires_grad:
+                p.add_(0.3 * double(*p.shape, generator=g))
+            elif p.dim() == 2:
+                p.mul_(3)
     return model
 
 
-def random_tokens(g, model):
-    """idx and targets: ignored are more on some ranks than on others, all of a shard's last."""
+def random_tokens(g):
+    """idx and targets: more are ignored on some ranks than on others."""
     idx, targets = torch.randint(50, (2, 2, 32), generator=g)
     targets[:, :4], targets[0, 17] = -1, -1
-    return (model.ring.shard(t, model.config.chunk_size) for t in (idx, targets))
+    return idx, targets
 
 
 def one_sequence(seed=0):
@@ -405,7 +411,7 @@ def train_steps(model, n_steps, attend=attend):
     g, losses, gradients = seeded(1), [], None
     for _ in range(n_steps):
         with patch.object(mos_cp, 'attend', attend):
-            loss = model(*random_tokens(g, model))[1]
+            loss = model(*random_tokens(g))[1]
             loss.backward()
         losses.append(loss.detach().clone())
         average([losses[-1][None], *(p.grad for p in params.values())], model.ring)
@@ -436,7 +442,6 @@ def model_equals_dense_model(ring):
 def metered_step(ring, model, B):
     """-> the meter after a forward and a backward of B sequences."""
     idx = torch.zeros(B, model.config.block_size, dtype=torch.int64)
-    idx = ring.shard(idx, model.config.chunk_size)
     ring.meter.clear()
     loss = model(idx, idx)[1]
     loss.backward()
@@ -456,12 +461,14 @@ def meter_equals_formula(ring):
         'topk': (dict(send='topk', topk=0.3), 2 * 5 * T * (8 + 2), 2 * 5 * T * 8),
         'int4': (dict(send='full', wire_dtype='int4', grad_wire_dtype='int8'),
                  2 * (d // 2 + 2) * T, 2 * (d // 2 + 2) * T + 2 * (d + 2) * T),
-        'subspace': (dict(), 7 * T * 8, 7 * T * 8),
+        'mixture': (dict(n_generators=4), (7 + 4) * T * 8, (7 + 4) * T * 8),
+        # 7 numbers of 4 bits and a scale, 4 theta and theirs
+        'int4 mixture': (dict(wire_dtype='int4'), (4 + 2 + 2 + 2) * T, (4 + 2 + 2 + 2) * T),
         # 2 + 5 numbers of 4 bits and two scales; 7 of bf16
-        'apart': (dict(joint_kv=False, wire_dtype='int4', grad_wire_dtype='bf16'),
+        'apart': (dict(ONE, joint_kv=False, wire_dtype='int4', grad_wire_dtype='bf16'),
                   (1 + 2 + 3 + 2) * T, 7 * 2 * T),
-        'rotated': (dict(basis='rotated', joint_kv=False, n_generators=2, rank=6),
-                    *(2 * 3 * T * 8 + 2 * 2 * c * 8,) * 2)}
+        'paper': ({**PAPER, 'n_generators': 2, 'latent_dim': 6},
+                  *(2 * 3 * T * 8 + 2 * 2 * c * 8,) * 2)}
     for kind, (options, fwd, bwd) in kinds.items():
         model = small_model(ring, **options)
         m, codec = metered_step(ring, model, B), model.h[0].attn.codec
@@ -471,7 +478,8 @@ def meter_equals_formula(ring):
         assert metered_step(rehearsal, small_model(rehearsal, **options), B) == m, kind
         if codec:
             kv = torch.empty(B, T, 2, 1, d, dtype=torch.float64, device='meta')
-            assert codec.to('meta').wire_bytes(kv) == (B * fwd, B * bwd), kind
+            embedding = torch.empty(50, 48, dtype=torch.float64, device='meta')
+            assert codec.to('meta').wire_bytes(kv, embedding) == (B * fwd, B * bwd), kind
         n = 2 * hops if fwd else 0  # exchanges: one a layer and hop
         twice = 1 + (kind in ('full', 'int4'))  # keys and values, once more
         assert (m['exchanges_fwd'], m['exchanges_bwd']) == (n, twice * n), (kind, m)
@@ -482,7 +490,7 @@ def quantised_gradients_are_unbiased(ring):
     """One gradient is off, by a little; the mean of many is not. Forward is the same."""
     for dtype, n in (('int8', 40), ('int4', 60)) if ring.world_size == 2 else ():
         exact, rounded = (small_model(ring, grad_wire_dtype=d) for d in ('same', dtype))
-        idx, targets = random_tokens(seeded(5), exact)
+        idx, targets = random_tokens(seeded(5))
         torch.manual_seed(ring.rank)
 
         def gradients(model):
@@ -499,23 +507,38 @@ def quantised_gradients_are_unbiased(ring):
 
 @check
 def warm_start_agrees_over_ranks(ring):
-    """Moments are those of all ranks' keys and values, or of weights; no logits are computed."""
-    idx = torch.randint(50, (2, 32), generator=seeded(1))
-    for joint_kv in (True, False):
-        (model, alone), kvs = (small_model(r, joint_kv=joint_kv) for r in (ring, None)), []
-        model.logits = None
-        moments = model.basis_moments(ring.shard(idx, model.config.chunk_size))
-        moments = [ring.all_reduce(m, 'moments') for m in moments] + model.basis_moments()
+    """Moments are those of all ranks' keys, values and embeddings, or of weights."""
+    idx, kvs = torch.randint(50, (2, 32), generator=seeded(1)), []
+    for guess_dim in (5, 0):
+        model, alone = (small_model(r, guess_dim=guess_dim) for r in (ring, None))
+        moments = [ring.all_reduce(m, 'moments') for m in model.moments(idx)] + model.moments()
+        kvs.clear()
         for block in alone.h:
             block.attn.c_kv.register_forward_hook(lambda *call: kvs.append(call[2].flatten(0, 1)))
         alone(idx)
-        kvs += [block.attn.c_kv.weight.T for block in alone.h]
-        zs = kvs if joint_kv else [z for kv in kvs for z in kv.chunk(2, dim=1)]
-        assert len(moments) == len(zs)
-        for i, (m, z) in enumerate(zip(moments, zs)):
-            assert_close(m, z.T @ z, f'moment {i}')
+        e = alone.wte(idx).flatten(0, 1)
+        e = e / e.square().mean(-1, keepdim=True).sqrt()
+        rows = [(Z, e) for Z in kvs] + [(b.attn.c_kv.weight.T, 0 * e[:48]) for b in alone.h]
+        assert len(moments) == len(rows)
+        for i, (m, (Z, e)) in enumerate(zip(moments, rows)):
+            X = torch.cat((Z, *[e][:guess_dim], torch.ones_like(e[:, :1])), dim=1)
+            assert_close(m, X.T @ X, f'moment {i}', 1e-6)  # a norm's epsilon
     with torch.autocast('cpu', torch.bfloat16):
-        assert {m.dtype for m in small_model().float().basis_moments(idx)} == {torch.float32}
+        assert {m.dtype for m in small_model().float().moments(idx)} == {torch.float32}
+
+
+@check
+def evaluation_is_that_of_forward(ring):
+    """Losses and right answers of this rank's shard, whether or not logits are kept."""
+    idx, targets = random_tokens(seeded(2))
+    alone = small_model()
+    logits, loss = alone(idx, targets)
+    right = ring.shard(logits.argmax(-1) == targets, 4)
+    for recompute in (False, True):
+        losses, found = small_model(ring, recompute=recompute).evaluate(idx, targets)
+        assert torch.equal(found, right) and (losses[ring.shard(targets, 4) == -1] == 0).all()
+        total = ring.all_reduce(losses.sum(), 'losses')
+        assert_close(total / (targets != -1).sum(), loss, 'loss')
 
 
 def run_checks(rank, world_size, folder):
@@ -568,40 +591,103 @@ def test_on_every_rank(check_results, world_size, name):
 # -----------------------------------------------------------------------------
 # mos_cp.py: the codecs
 
-@pytest.mark.parametrize('generator', mos_cp.CHOICES['generator'])
+def mixture(**options):
+    """A codec of float64 alone: two key heads of 8, so that d is 16."""
+    sizes = dict(n_head=2, n_embd=16, block_size=32, n_chunks=8, latent_dim=7, guess_dim=0)
+    return mos_cp.Mixture(GPTConfig(**{**sizes, **options}), 0).double()
+
+
+@pytest.mark.parametrize('norm', mos_cp.CHOICES['generator_norm'])
 @pytest.mark.parametrize('k', (1, 3))
-def test_rotation(generator, k):
+def test_rotation(norm, k):
     """
-    Skew-symmetric generators of norm 1; U(theta) is within |M|^3 / 6 of the exact exponential's,
-    and moves. theta is clipped.
+    The paper's: generators skew-symmetric and of norm 1, so that U(theta) is within |M|^3 / 6 of
+    the exponential's, and moves. theta is that of a chunk's mean, clipped.
     """
-    d, r, B, c = 24, 3, 2, 4
-    theta = torch.rand(B, c, k, dtype=torch.float64, generator=seeded(0)) - 0.5
-    config = GPTConfig(basis='rotated', generator=generator, n_generators=k)
-    b = mos_cp.Basis(d, r, config, seeded(0)).double()
-    U0 = torch.linalg.qr(double(d, r, generator=seeded(1)))[0]
-    b.start(U0)
-    U = b.rotate(theta, b.U0, b.AU0, b.AAU0)  # (B, c, d, r)
-    assert relative_error(U, b.U0.expand(B, c, d, r)) > 0.01
-    norms = torch.linalg.matrix_norm(b.A, 'fro' if generator == 'frobenius' else 2)
-    assert_close(norms, torch.ones_like(norms), 'norm of A', 1e-6)  # drawn in float32
-    assert_close(b.A.mT, -b.A, 'A^T')
-    M = torch.einsum('bcl,lde->bcde', theta, b.A)
-    error = torch.linalg.matrix_norm(U - torch.linalg.matrix_exp(M) @ U0, 2)
-    assert (error <= torch.linalg.matrix_norm(M, 2)**3 / 6 + 1e-12).all() and error.max() > 0
-    b.psi.data.fill_(1.0)
-    z = torch.arange(4.0 * d).view(1, 4, d).double() - 2 * d
-    assert b.theta(z, 2).tolist() == [[[-0.5] * k, [0.5] * k]]
-    b.clip = math.inf
-    assert_close(b.theta(z, 2)[0, 0, 0], z[0, :2].mean(0).sum(), 'theta')
+    codec = mixture(**{**PAPER, 'joint_kv': True, 'n_generators': k, 'generator_norm': norm})
+    U, theta = codec.U[0].detach(), torch.rand(1, 5, k, generator=seeded(0)).double() - 0.5
+    U_0, first = U[:, 0], U[:, 1:k + 1]  # (32, r), (32, k, r)
+    # A is not kept: find it from what it does to a basis of the whole space
+    A = codec.family(torch.eye(32, dtype=torch.float64))[:, 1:k + 1].transpose(0, 1)
+    assert_close(A.mT, -A, 'A^T')
+    norms = torch.linalg.matrix_norm(A, 'fro' if norm == 'frobenius' else 2)
+    assert_close(norms, torch.ones_like(norms), 'norm of A', 1e-6)
+    assert_close(first, (A @ U_0).transpose(0, 1), 'A U_0', 1e-6)
+    found = torch.einsum('tj,djr->tdr', codec.mix(theta, 5)[0, :, :, 0], U)
+    M = torch.einsum('tl,lde->tde', theta[0], A)
+    exact = torch.linalg.matrix_exp(M) @ U_0
+    error = torch.linalg.matrix_norm(found - exact, 2)
+    assert (error <= torch.linalg.matrix_norm(M, 2)**3 / 6 + 1e-6).all() and error.max() > 0
+    assert relative_error(found, U_0.expand_as(exact)) > 0.01
+    psi = torch.ones(k, 32, dtype=torch.float64)
+    Z = torch.arange(8.0 * 32).view(1, 8, 32).double() - 128
+    assert codec.theta(Z, psi).tolist() == [[[-0.5] * k, [0.5] * k]]
+    codec.config.theta_clip = 0.0
+    assert_close(codec.theta(Z, psi)[0, 1, 0], Z[0, 4:].mean(0).sum(), 'theta')
 
 
-def test_bases_follow_the_seed():
+def test_formulas():
+    """What compress and expand do is what the docstring says, token by token."""
+    codec, g = mixture(n_generators=3, guess_dim=4, vocab_size=50), seeded(0)
+    with torch.no_grad():
+        for p in codec.parameters():
+            p.copy_(0.3 * double(*p.shape, generator=g))
+    kv, tokens = double(1, 8, 2, 2, 8, generator=g), torch.randint(50, (1, 8), generator=g)
+    embedding = double(50, 16, generator=g)
+    weights = codec.weights(embedding)
+    payload = z, theta = codec.compress(kv, tokens, weights)
+    rebuilt = codec.expand(payload, tokens, weights)
+    for t in range(8):
+        Z, e = kv[0, t].flatten(), embedding[tokens[0, t]]
+        G = codec.W_out @ codec.W_in @ (e / e.square().mean().sqrt()) + codec.b
+        bend = torch.tanh(codec.psi[0] @ (Z - G))
+        U = codec.U[0][:, 0] + sum(bend[l] * codec.U[0][:, 1 + l] for l in range(3))
+        for found, expected, what in ((theta[0, t], bend, 'theta'), (z[0, t], U.T @ (Z - G), 'z'),
+                                      (rebuilt[0, t].flatten(), G + U @ U.T @ (Z - G), 'Z')):
+            assert_close(found, expected, what, 1e-6)  # a norm's epsilon
+
+
+def test_a_mixture_starts_as_the_subspace_it_contains():
+    """
+    Keys and values of 6 dimensions and what the token says. The guess takes the latter, of any rank
+    it has; one subspace the former; a mixture does no worse, on tokens that the start has not seen.
+    """
+    g, embedding = seeded(0), double(50, 16, generator=seeded(1))
+    W, basis = double(32, 16, generator=g), double(6, 32, generator=g)
+
+    def rows(n):
+        tokens = torch.randint(50, (n,), generator=g)
+        e = torch.nn.functional.rms_norm(embedding[tokens], (16,))
+        Z = e @ W.T + double(n, 6, generator=g) @ basis + 0.01 * double(n, 32, generator=g) + 1
+        return tokens, torch.cat((Z, e, torch.ones(n, 1)), dim=1)
+    _, X = rows(4000)
+    tokens, held_out = rows(400)
+    kv = held_out[:, :32].view(1, -1, 2, 2, 8)
+
+    def left(**options):
+        codec = mixture(**options)
+        start = X if codec.guess_dim else torch.cat((X[:, :32], X[:, -1:]), dim=1)
+        codec.start(start.T @ start)
+        if len(codec.psi):  # theta says something from the start: psi of variance 1
+            theta = codec.compress(kv, tokens[None], codec.weights(embedding))[-1]
+            assert (theta.abs().mean(dim=(0, 1)) > 0.2).all() and theta.abs().max() < 1
+        weights = codec.weights(embedding)
+        rebuilt = codec.expand(codec.compress(kv, tokens[None], weights), tokens[None], weights)
+        return relative_error(rebuilt, kv)
+    for k, joint_kv in itertools.product((0, 4), (True, False)):
+        options = dict(n_generators=k, joint_kv=joint_kv, latent_dim=12, latent_dim_k=6)
+        errors = [left(guess_dim=m, **options) for m in (0, 8, 99)]
+        assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.05, (options, errors)
+        assert k or not joint_kv or [left(guess_dim=m, latent_dim=12, n_generators=4)
+                                     for m in (0, 8, 99)] == pytest.approx(errors, rel=1e-9)
+
+
+def test_codecs_follow_the_seed():
     """No two layers or seeds share one."""
-    models = (small_model(seed=seed, basis='rotated') for seed in (0, 1))
-    bases = [t for m in models for b in m.bases for t in (b.U0, b.A)]
-    assert all(a.shape != b.shape or not torch.equal(a, b)
-               for a, b in itertools.combinations(bases, 2))
+    models = (small_model(seed=seed, **PAPER) for seed in (0, 1))
+    Us = [U for m in models for codec in m.codecs for U in codec.U]
+    assert all(a.shape != b.shape or not torch.equal(a[:, j], b[:, j])
+               for a, b in itertools.combinations(Us, 2) for j in (0, 1))
 
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
@@ -615,7 +701,8 @@ def test_causality(options):
     other = idx.clone()
     other[0, t] = (idx[0, t] + 1) % 50
     changed = (model(idx)[0] - model(other)[0]).abs().amax(dim=-1)[0]  # (T,)
-    leaks = not model.config.exact_local and options.get('basis') == 'rotated'
+    leaks = not model.config.exact_local and (
+        options.get('theta') == 'chunk' and model.config.n_generators > 0)
     assert changed[t] > 0
     assert changed[:16].max() < 1e-12  # earlier chunks never see it
     assert (changed[16:t].max() > 1e-9) == leaks
@@ -628,13 +715,13 @@ def test_causality(options):
 def test_int4_and_topk_keep_what_they_say():
     scale = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
     kv = double(2, 32, 2, 3, 16) * scale[:, None]  # three heads of different size
-    codec = mos_cp.Full('int4')
+    codec = mos_cp.Full(GPTConfig(wire_dtype='int4'), 0)
     rebuilt, = codec.unpack(codec.pack((kv,)), [16], kv.dtype)
     half_step = 1.02 * kv.abs().amax(-1, keepdim=True) / 14
     assert ((kv - rebuilt).abs() <= half_step).all()
-    codec = mos_cp.TopK(GPTConfig(n_head=4, n_kv_head=1, n_embd=64, topk=0.25, send='topk'))
+    codec = mos_cp.TopK(GPTConfig(n_head=4, n_kv_head=1, n_embd=64, topk=0.25, send='topk'), 0)
     kv = double(2, 32, 2, 1, 16)
-    rebuilt = codec.expand(codec.compress(kv), None, ())
+    rebuilt = codec.expand(codec.compress(kv, None, ()), None, ())
     kept, size = rebuilt != 0, kv.abs()
     assert (kept.sum(-1) == 4).all() and torch.equal(rebuilt[kept], kv[kept])
     assert (size.masked_fill(~kept, 9).amin(-1) >= size.masked_fill(kept, 0).amax(-1)).all()
@@ -642,8 +729,8 @@ def test_int4_and_topk_keep_what_they_say():
 
 def test_compress_last():
     model = small_model(n_layer=3, compress_last=False, wire_dtype='int4')
-    codecs = [block.attn.active_codec for block in model.h]
-    assert [type(c) for c in codecs] == [mos_cp.Subspace, mos_cp.Subspace, mos_cp.Full]
+    codecs = [block.attn.active for block in model.h]
+    assert [type(c) for c in codecs] == [mos_cp.Mixture, mos_cp.Mixture, mos_cp.Full]
     dtypes = ['int4', 'int4', 'compute']
     assert [c.wire_dtype for c in codecs] == [c.grad_wire_dtype for c in codecs] == dtypes
 
@@ -658,22 +745,20 @@ def test_exact_local_is_exact():
         assert relative_error(rebuilt, plain) > 1e-4
 
 
-def test_own_codec():
+def test_own_codec(monkeypatch):
     """What a reader would write first: the first 4 numbers of k and v. Rounded like all others."""
     class First(mos_cp.Full):
         keep = True
 
-        def compress(self, kv):
+        def compress(self, kv, tokens, weights):
             return (kv[..., :4],)
 
-        def expand(self, payload, tokens, params):
+        def expand(self, payload, tokens, weights):
             return torch.nn.functional.pad(payload[0], (0, 12))
 
     def steps(*attend):
-        model = small_model()
-        for block in model.h:
-            block.attn.codec = First('int8', 'compute')
-        return train_steps(model, 1, *attend)
+        return train_steps(small_model(send='first', wire_dtype='int8', **EXACT), 1, *attend)
+    monkeypatch.setitem(mos_cp.CODECS, 'first', First)
     assert_same_steps(steps(), steps(dense_attend))
 
 
@@ -687,25 +772,18 @@ def test_principal_directions():
     assert shares.max() < 0.9 * shares.sum()  # along the eigenvectors: about 0.96
 
 
-def test_subspace_projects():
-    """Z U U^T, of keys and values together, or of each."""
-    kv = double(2, 8, 2, 1, 16)
-    for joint_kv in (True, False):
-        codec = mos_cp.Subspace(GPTConfig(n_head=1, n_embd=16, rank=7, joint_kv=joint_kv), 0)
-        projector = torch.block_diag(*(b.U0 @ b.U0.T for b in codec.double().bases))
-        rebuilt = codec.expand(codec.compress(kv), None, codec.params)
-        assert_close(rebuilt, (kv.flatten(2) @ projector).view_as(kv), 'kv')
-
-
 def test_unplugged_model_is_a_plain_model():
     idx, plain, local = one_sequence(), small_model(send='full'), small_model(send='local')
-    for options in (dict(), dict(basis='rotated', exact_local=False), dict(send='topk'),
+    for options in (dict(), PAPER, dict(send='topk'),
                     dict(send='full', wire_dtype='int4'), dict(send='local')):
         model = small_model(**options)
         assert relative_error(model(idx)[0], plain(idx)[0]) > 1e-6
         for send, expected in (('local', local), ('full', plain)):
             model.set_send(send)
             assert torch.equal(model(idx)[0], expected(idx)[0])
+        other = small_model(**options, seed=1)  # what is sent is part of the state
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(idx)[0], plain(idx)[0])
         missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
         assert not missing and all('codec' in name for name in unexpected)
 
@@ -766,16 +844,16 @@ def test_any_length_and_generate():
 
 def test_flops():
     model = small_model()
-    for send, span in (('', 32), ('local', model.config.chunk_size)):
+    for send, span in (('codec', 32), ('local', model.config.chunk_size)):
         model.set_send(send)
         flops = 6 * model.get_num_params() + 6 * 2 * 48 * span
         assert model.flops_per_token() == flops
         assert model.estimate_mfu(2, 0.5, 1e12) == pytest.approx(flops * 32 * 2 / 0.5 / 1e12)
 
 
-@pytest.mark.parametrize('basis', ('learned', 'rotated'))
-def test_only_matrices_decay(basis):
-    model = small_model(basis=basis)
+@pytest.mark.parametrize('options', (dict(), PAPER), ids=str)
+def test_only_matrices_decay(options):
+    model = small_model(**options)
     groups = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu').param_groups
     decay = {id(p): g['weight_decay'] for g in groups for p in g['params']}
     for name, p in model.named_parameters():
@@ -1121,7 +1199,7 @@ def test_life_of_the_codec(tmp_path, monkeypatch, capfd):
         life.append(f'start of {len(moments)} while {self.sends}'), start(self, moments)))
     argv = '--gradient_accumulation_steps=1', '--unplug_at=7', '--warm_basis=weights'
     run = small_run(tmp_path, *argv)
-    assert life == ['local'] * 3 + ['start of 2 while local'] + ['mixture'] * 4 + ['full'] * 5
+    assert life == ['local'] * 3 + ['start of 2 while local'] + ['codec'] * 4 + ['full'] * 5
     said = re.findall(r'^iter +(\d+): (.*s sent|.*starts)', capfd.readouterr().out, re.MULTILINE)
     assert said == [('0', 'nothing is sent'), ('3', 'the codec starts'), ('7', 'all is sent')]
     life.clear()
@@ -1133,7 +1211,7 @@ def test_life_of_the_codec(tmp_path, monkeypatch, capfd):
     assert model.sends == 'full' and life == ['full'] * 2
     life.clear()
     small_run(tmp_path, *argv, '--send=topk', '--warm_send=full')
-    assert life == ['full'] * 3 + ['topk'] * 4 + ['full'] * 5
+    assert life == ['full'] * 3 + ['codec'] * 4 + ['full'] * 5
 
 
 def test_optimizer_options(tmp_path):

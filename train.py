@@ -621,7 +621,7 @@ def sends_at(it, c):
     """What the model sends in iteration `it`: warm start, the codec, unplugged."""
     if it < c.warm_start:
         return c.warm_send
-    return 'full' if c.unplug_at and it >= c.unplug_at else c.send
+    return 'full' if c.unplug_at and it >= c.unplug_at else 'codec'
 
 
 def load_checkpoint(path):
@@ -713,7 +713,7 @@ def change_send(c, model, batches, world, iter_num):
     what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed',
             'topk': f'the codec starts, the largest {c.topk:.0%} of {n} numbers a token and layer',
             'mixture': f'the codec starts, {c.latent_dim} of {n} numbers a token and layer'}
-    world.tell(iter_num, what[model.sends] + '; compiling ...' * c.compile)
+    world.tell(iter_num, what[c.send if model.sends == 'codec' else model.sends] + '; compiling ...' * c.compile)
     if c.compile and world.can_graph:
         with world.autocast:
             return graphed(model, *batches.training(iter_num, 0))
