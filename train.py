@@ -710,10 +710,12 @@ def change_send(c, model, batches, world, iter_num):
         start_codecs(c, model, batches, world, iter_num)
     model.set_send(sends_at(iter_num, c))
     n = 2 * model.config.n_kv_head * model.config.head_dim
+    sends = c.send if model.sends == 'codec' else model.sends
     what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed',
             'topk': f'the codec starts, the largest {c.topk:.0%} of {n} numbers a token and layer',
             'mixture': f'the codec starts, {c.latent_dim} of {n} numbers a token and layer'}
-    world.tell(iter_num, what[c.send if model.sends == 'codec' else model.sends] + '; compiling ...' * c.compile)
+    what = what.get(sends, f'the codec starts: {sends}')
+    world.tell(iter_num, what + '; compiling ...' * c.compile)
     if c.compile and world.can_graph:
         with world.autocast:
             return graphed(model, *batches.training(iter_num, 0))
