@@ -135,8 +135,8 @@ GPT2_VOCABULARY = 50304  # rounded up to a multiple of 64
 
 def fail(message):
     """
-    End the run with one sentence. Mostly all ranks find the same fault, and torchrun stops them as
-    soon as one exits: a machine's first speaks first, and who is then alive has a fault of its own.
+    End the run with one sentence. Most faults are found by all ranks, and torchrun stops them when
+    one exits: a machine's first speaks first, and who is then alive has a fault of its own.
     """
     if (local_rank := int(os.environ.get('LOCAL_RANK', 0))) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -404,9 +404,6 @@ class Batches:
 # -----------------------------------------------------------------------------
 # Sizing a run before renting machines
 
-ENOUGH = 0.95  # of the ring's speed without a slow link
-
-
 class Estimate:
     """What a token of the sequence costs one of P ranks: bytes it receives, seconds it computes."""
 
@@ -415,20 +412,20 @@ class Estimate:
         dtype = getattr(torch, 'bfloat16' if c.dtype == 'auto' else c.dtype)
         with torch.device('meta'):
             model = GPT(config)
-            shape = 1, config.block_size // P, 2, config.n_kv_head, config.head_dim
-            kv = torch.empty(*shape, dtype=dtype)
-            layers = [b.attn.codec.wire_bytes(kv, model.wte.weight) for b in model.h
-                      if b.attn.codec]
+            kv = torch.empty(1, config.block_size // P, 2, config.n_kv_head, config.head_dim,
+                             dtype=dtype)
+            codecs = [b.attn.codec for b in model.h if b.attn.codec]
+            layers = [codec.wire_bytes(kv, model.wte.weight) for codec in codecs]
         self.fwd, self.bwd = (sum(n) * (P - 1) / config.block_size for n in zip((0, 0), *layers))
-        self.P, self.hides = P, not ulysses
         if ulysses:  # queries, keys, values and outputs change hands, and so do their gradients
             n_numbers = 2 * config.n_embd + 2 * config.n_kv_head * config.head_dim
             self.fwd = self.bwd = n_numbers * dtype.itemsize * config.n_layer * (P - 1) / P**2
         n_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         self.sync = 2 * (P - 1) / P * n_bytes / c.sync_every  # an iteration, not a token
-        self.rest_s = 6 * model.get_num_params() / P / c.tflops / 1e12
-        whole = model.flops_per_token() / P / c.tflops / 1e12
+        self.rest_s, whole = (flops / P / c.tflops / 1e12 for flops in (
+            6 * model.get_num_params(), model.flops_per_token()))
         self.attention_s = (whole - self.rest_s) / c.block_size  # for each token of context
+        self.after = 1 if ulysses else 1 / P  # the part of attention that comes after the exchange
 
     def seconds(self, n, mbps=math.inf):
         """
@@ -438,21 +435,13 @@ class Estimate:
         """
         seconds = self.rest_s
         for n_bytes, part in ((self.fwd, 2 / 7), (self.bwd, 5 / 7)):
-            wire, attention = n_bytes * 8e-6 / mbps, part * self.attention_s * n
-            seconds += max(attention, wire + attention / self.P) if self.hides else attention + wire
+            attention = part * self.attention_s * n
+            seconds += max(attention, n_bytes * 8e-6 / mbps + attention * self.after)
         return n * seconds
-
-    def hidden_from(self, mbps):
-        """The context, in tokens, from which a link of mbps leaves ENOUGH of the speed."""
-        return 1 + bisect.bisect_left(range(1, 10**9), ENOUGH, key=lambda n: (
-            self.seconds(n) / self.seconds(n, mbps)))
 
 
 def plan(c):
-    """
-    What a rank of a ring receives in an iteration and how fast that allows it to be, for what a
-    user would choose between. Raises ValueError.
-    """
+    """What a rank of a ring would receive, and how fast it would be. Raises ValueError."""
     P, n, n_sequences = c.rehearse or c.cp or 8, c.block_size, (
         c.batch_size * c.gradient_accumulation_steps)
     check(P > 1, f'--plan needs cp ({P}) of at least 2: one rank sends nothing', 'cp')
@@ -460,6 +449,7 @@ def plan(c):
     check_chunks(c, P)
     full = dict(send='full', wire_dtype='compute', grad_wire_dtype='same', compress_last=True)
     quarter, n_kv_head = c.n_head // 4 if c.n_head % 4 == 0 else 1, c.n_kv_head or c.n_head
+    paper = dict(send='mixture', latent_dim=paper_latent_dim(vars(c)), latent_dim_k=0)
     rows = {'--send=full': full}
     if c.n_head % P == n_kv_head % P == 0:  # each rank has some of the heads
         rows['Ulysses'] = dict(full, ulysses=True)
@@ -468,24 +458,24 @@ def plan(c):
     rows['--send=topk'] = dict(full, send='topk')
     rows['--send=full --wire_dtype=int4'] = dict(full, wire_dtype='int4')
     if c.n_layer > 1:  # the paper leaves out the last layer
-        rows['--method=paper'] = {**full, **METHODS['paper'], 'send': 'mixture', 'latent_dim_k': 0,
-                                  'latent_dim': paper_latent_dim(vars(c))}
-    rows['this configuration'] = {}
+        rows['--method=paper'] = {**full, **METHODS['paper'], **paper}
     said = textwrap.fill(
         f'{P} ranks of {c.tflops:g} TFLOP/s (--tflops; 370: an H100), {n_sequences * n:,} tokens '
-        'an iteration, bf16 unless --dtype says otherwise. Computed: MB and seconds that the ring '
-        'and the sync of weights or gradients cost a rank in an iteration; tokens/s, if a '
-        "layer's exchange hides under its attention and the sync under nothing; the context from "
-        f'which the ring alone has {ENOUGH:.0%} of its speed without a slow link.', 100)
+        'an iteration, bf16 unless --dtype says otherwise. Computed: what the ring and the sync of '
+        'weights or gradients cost a rank in an iteration; tokens/s, if a layer\'s exchange hides '
+        'under its attention and the sync under nothing; the context from which the ring alone has '
+        '95% of its speed without a slow link.', 100)
     for mbps in [c.link_mbps] if c.link_mbps else [300, 1000]:
         said += (f'\n\n{f"at {mbps:g} Mbit/s":<32}{"ring, MB":>13}{"sync, MB":>10}{"ring, s":>11}'
-                 f'{"sync, s":>9}{"tokens/s":>12}{"from":>10}')
-        for name, options in rows.items():
+                 f'{"sync, s":>9}{"tokens/s":>12}{"95% from":>11}')
+        for name, options in (*rows.items(), ('this configuration', {})):
             e = Estimate(c, P, **options)
             ring, slow = n_sequences * n * (e.fwd + e.bwd), 8e-6 / mbps
             speed = n_sequences * n / (n_sequences * e.seconds(n, mbps) + e.sync * slow)
+            enough = 1 + bisect.bisect_left(range(1, 10**9), 0.95, key=lambda n: (
+                e.seconds(n) / e.seconds(n, mbps)))  # it grows with n
             said += (f'\n{name:<32}{ring / 1e6:>13,.1f}{e.sync / 1e6:>10,.1f}{ring * slow:>11,.2f}'
-                     f'{e.sync * slow:>9,.2f}{speed:>12,.0f}{e.hidden_from(mbps) / 1e3:>9,.0f}K')
+                     f'{e.sync * slow:>9,.2f}{speed:>12,.0f}{enough / 1e3:>10,.0f}K')
     return said
 
 
@@ -508,10 +498,9 @@ class World:
     def __init__(self, c):
         env, n = os.environ, c.gradient_accumulation_steps
         self.rank, self.n_processes = int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1))
-        for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') * (self.n_processes > 1):
-            if name not in env:
-                raise ValueError(f'WORLD_SIZE is {self.n_processes} and {name} is not set: '
-                                 'torchrun sets both')
+        missing = [k for k in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if k not in env]
+        if self.n_processes > 1 and missing:
+            raise ValueError(f'WORLD_SIZE is {self.n_processes} and {missing[0]} is not set')
         check(not c.rehearse or self.n_processes == 1, f'rehearse ({c.rehearse}) is for one '
               f'process, and there are {self.n_processes}', 'rehearse', 'nproc_per_node')
         self.world_size = c.rehearse or self.n_processes
@@ -567,7 +556,7 @@ class World:
             raise ValueError(
                 f'the others could not reach this machine: gloo would tell them {address_of(own)}, '
                 f'the address of its name {own}. Set GLOO_SOCKET_IFNAME to the network interface '
-                f'that reaches {first} (ip address lists them; for GPUs: NCCL_SOCKET_IFNAME)')
+                f'that reaches {first} (ip address lists them)')
         timeout = timedelta(seconds=c.timeout_s + 300 * c.compile)  # others may still be compiling
         try:
             store, _, _ = next(dist.rendezvous('env://', timeout=timeout))
@@ -583,7 +572,7 @@ class World:
             raise ValueError(
                 f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): '
                 f'has one stopped? Is {first} the first machine, its port open, and the network '
-                'interface named in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME?') from e
+                'interface named in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME?') from e
         for other, name in ((i, k) for i, theirs in enumerate(everyone) for k in theirs):
             if everyone[other][name] != everyone[0][name]:
                 raise ValueError(f'rank {other} has {name} {everyone[other][name]}, and rank 0 has '
@@ -672,9 +661,9 @@ def build(c, world, checkpoint):
                                            world.device.type, c.codec_lr)
     for group in optimizer.param_groups:  # from the start, as ranks may leave out different steps
         for p in group['params']:
-            step = torch.zeros((), device=world.device if group['fused'] else 'cpu')
-            optimizer.state[p] = {'step': step, **{
-                name: torch.zeros_like(p) for name in ('exp_avg', 'exp_avg_sq')}}
+            step = torch.zeros((), device=p.device if group['fused'] else 'cpu')
+            optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p),
+                                      exp_avg_sq=torch.zeros_like(p))
     if checkpoint:
         try:
             model.load_state_dict(checkpoint['model'])
@@ -938,10 +927,7 @@ def claim(c, at_end):
 
 
 def set_up(argv, at_end):
-    """
-    -> what `train` needs, or None after --plan. Looks for faults before the first byte is sent, and
-    exits with a sentence.
-    """
+    """-> what `train` needs, or None after --plan. Exits with a sentence if something is wrong."""
     try:
         c, checkpoint = parse_config(argv)
         if c.plan:
@@ -965,8 +951,9 @@ def set_up(argv, at_end):
     except ValueError as e:
         fail(e)
     except OSError as e:
-        fail(f'{e.filename or "a file"} cannot be read or made ({e.strerror}): change --data, --val_data '
-             'or --out_dir' + ', or raise ulimit -n' * (e.errno == errno.EMFILE))
+        fail(f'{e.filename or "a file"} cannot be read or made ({e.strerror}): ' + (
+            'raise ulimit -n, or ' * (e.errno == errno.EMFILE)
+            + 'change --data, --val_data or --out_dir'))
     describe(c, model, batches, world)
     if checkpoint:
         world.say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}'
