@@ -529,9 +529,8 @@ class World:
         # no cache: a weight is used once in a forward pass, and a CUDA graph must not find one
         self.autocast = nullcontext() if self.dtype != torch.bfloat16 else torch.autocast(
             self.device.type, self.dtype, cache_enabled=False)
-        # a graph writes gradients where the last ones are: they cannot be accumulated
-        self.can_graph = self.device.type == 'cuda' and self.world_size == n == 1
         link, self.store = Link(c.link_mbps, c.latency_ms), None
+        self.can_graph = self.device.type == 'cuda' and not link.dialled  # that waits on the host
         self.ring = Rehearsal(self.cp, link) if c.rehearse else Ring(link=link)
         self.width, self.terminated, self.stopping = len(str(c.max_iters)), False, False
 
@@ -711,10 +710,12 @@ def change_send(c, model, batches, world, iter_num):
         start_codecs(c, model, batches, world, iter_num)
     model.set_send(sends_at(iter_num, c))
     n = 2 * model.config.n_kv_head * model.config.head_dim
+    sends = c.send if model.sends == 'codec' else model.sends
     what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed',
             'topk': f'the codec starts, the largest {c.topk:.0%} of {n} numbers a token and layer',
             'mixture': f'the codec starts, {c.latent_dim} of {n} numbers a token and layer'}
-    world.tell(iter_num, what[c.send if model.sends == 'codec' else model.sends] + '; compiling ...' * c.compile)
+    what = what.get(sends, f'the codec starts: {sends}')
+    world.tell(iter_num, what + '; compiling ...' * c.compile)
     if c.compile and world.can_graph:
         with world.autocast:
             return graphed(model, *batches.training(iter_num, 0))
