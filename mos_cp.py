@@ -516,13 +516,12 @@ class GPT(nn.Module):
                 return self.lm_head(self.ln_f(x)), None
             mine = self.ring.shard(targets, self.config.chunk_size)
             if self.config.recompute:
-                logits = None
-                losses = [recomputed(lambda *piece: self.losses(*piece)[1], *piece)
-                          for piece in self.pieces(x, mine)]
+                logits, losses = None, torch.cat([
+                    recomputed(lambda *piece: self.losses(*piece)[1], *piece)
+                    for piece in self.pieces(x, mine)], dim=1)
             else:
-                logits, *losses = self.losses(x, mine)
-            total = sum(loss.sum() for loss in losses)
-            return logits, total * self.ring.world_size / (targets != -1).sum()
+                logits, losses = self.losses(x, mine)
+            return logits, losses.sum() * self.ring.world_size / (targets != -1).sum()
 
     def inputs(self, idx):
         """
@@ -564,10 +563,12 @@ class GPT(nn.Module):
         Of whole sequences (B, T), as in `forward` -> of this rank's shard each token's loss, 0 if
         ignored, and whether the target is the likeliest token: (B, T / world_size) each.
         """
+        found = []
         with kernels.compiling(self.config.compile):
-            pairs = self.pieces(self.hidden(idx), self.ring.shard(targets, self.config.chunk_size))
-            found = [(losses, logits.argmax(-1) == y)
-                     for y, (logits, losses) in ((y, self.losses(x, y)) for x, y in pairs)]
+            mine = self.ring.shard(targets, self.config.chunk_size)
+            for x, y in self.pieces(self.hidden(idx), mine):
+                logits, losses = self.losses(x, y)
+                found.append((losses, logits.argmax(-1) == y))
         return tuple(torch.cat(parts, dim=1) for parts in zip(*found))
 
     # -- a codec's life: warm start, on, unplugged
@@ -596,21 +597,23 @@ class GPT(nn.Module):
         is a token's keys and values, e its normed embedding (if there is a guess). To be summed
         over ranks and batches. None: Z are columns of the weights W of Z = X W, as in the paper.
         """
-        found = []
-        x, table, tokens = self.inputs(idx) if idx is not None else (None, None, None)
+        def moment(Z, e):
+            with torch.autocast(Z.device.type, enabled=False):  # float32 at least
+                rows = [Z, e, torch.ones_like(Z[:, :1])] if self.config.guess_dim else [
+                    Z, torch.ones_like(Z[:, :1])]
+                rows = torch.cat(rows, dim=1).to(kernels.accumulation_dtype(Z.dtype))
+                return rows.T @ rows
+
+        blocks, found = [b for b in self.h if b.attn.codec in self.codecs], []
+        if idx is None:
+            weights = [b.attn.c_kv.weight.T for b in blocks]  # (n_embd, 2 d)
+            return [moment(W, W.new_zeros(len(W), self.config.n_embd)) for W in weights]
+        x, table, tokens = self.inputs(idx)
+        e = F.rms_norm(x, x.shape[-1:]).flatten(0, 1)
         for block in self.h:
-            attn = block.attn
-            Z = attn.c_kv(block.ln_1(x)).flatten(0, 1) if idx is not None else attn.c_kv.weight.T
-            rows = [Z, torch.ones_like(Z[:, :1])]
-            if self.config.guess_dim:
-                e = Z.new_zeros(len(Z), self.config.n_embd) if idx is None else F.rms_norm(
-                    self.wte(tokens[self.ring.rank]), (self.config.n_embd,)).flatten(0, 1)
-                rows.insert(1, e)
-            if attn.codec in self.codecs:
-                with torch.autocast(Z.device.type, enabled=False):  # float32 at least
-                    rows = torch.cat(rows, dim=1).to(kernels.accumulation_dtype(Z.dtype))
-                    found.append(rows.T @ rows)
-            x = x if idx is None else block(x, self.ring, table, tokens, self.wte.weight)
+            if block in blocks:
+                found.append(moment(block.attn.c_kv(block.ln_1(x)).flatten(0, 1), e))
+            x = block(x, self.ring, table, tokens, self.wte.weight)
         return found
 
     def start_codecs(self, moments):
