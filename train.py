@@ -702,7 +702,8 @@ def change_send(c, model, batches, world, iter_num):
     sends = c.send if model.sends == 'codec' else model.sends
     what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed',
             'topk': f'the codec starts, the largest {c.topk:.0%} of {n} numbers a token and layer',
-            'mixture': f'the codec starts, {c.latent_dim} of {n} numbers a token and layer'}
+            'mixture': f'the codec starts, {c.latent_dim} of {n} numbers a token and layer'
+                       + f', theta of {c.n_generators}' * (c.n_generators > 0)}
     what = what.get(sends, f'the codec starts: {sends}')
     world.tell(iter_num, what + '; compiling ...' * c.compile)
     if c.compile and world.can_graph:
@@ -980,6 +981,7 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
         if world.stopping:
+            world.say('stopped by SIGTERM; --init_from=resume goes on')
             sys.exit(128 + signal.SIGTERM)
         if world.master and c.sample_tokens and not c.eval_only and not c.rehearse:
             sample(c, model, world)
