@@ -50,7 +50,7 @@ class RunConfig:
     """The run: data, schedule, optimizer, processes."""
     preset: str = 'tiny'  # sizes and schedule: tiny, needle, 124m or 800m; single flags override it
     method: str = 'ours'  # ours (the defaults), or paper: what is sent and how it starts
-    data: str = 'stdlib'  # stdlib (Python's source), needle, or files: text, .bin, .npy, a glob
+    data: str = 'stdlib'  # stdlib (Python's source), needle, or text (bytes), .bin, a glob (** too)
     val_data: str = ''  # validation data; empty: a tenth of --data
     out_dir: str = 'out'  # where ckpt.pt and log.jsonl go
     init_from: str = 'scratch'  # scratch, resume (out_dir/ckpt.pt), or auto: if it is there
@@ -147,7 +147,8 @@ def fail(message):
 def parse_flags(argv):
     """--key=value or --key value -> what was given, a dict. Exits if that is no flag."""
     parser = argparse.ArgumentParser(prog='train.py', usage='train.py [--flag=value ...]',
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     description=(__doc__ or '').split('\n\n')[0])
     parser.error = fail
     for config in (RunConfig, GPTConfig):
         group, source = parser.add_argument_group(config.__name__), inspect.getsource(config)
