@@ -656,7 +656,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Continue idx (B, T) on this process alone -> (B, T + max_new_tokens)."""
+        """
+        Continue idx (B, T) on this process alone -> (B, T + max_new_tokens). Raises ValueError if
+        there is nothing to continue.
+        """
+        if idx.shape[1] == 0:
+            raise ValueError('generate() needs at least one token to continue')
         alone = copy.copy(self)  # the same weights
         alone.ring, alone.config = Ring(), copy.copy(self.config)
         alone.config.compile = False  # every length would be compiled

@@ -838,6 +838,8 @@ def test_any_length_and_generate():
     out = model.generate(idx[:, :30], 6, top_k=1)  # runs past block_size
     assert out.shape == (2, 36) and torch.equal(out[:, :30], idx[:, :30])
     assert torch.equal(out[:, 30], model(idx[:, :30])[0][:, -1].argmax(-1))
+    with pytest.raises(ValueError, match='at least one token'):
+        model.generate(idx[:, :0], 1)
     with pytest.raises(ValueError, match=r'sequence length \(33\) is above block_size \(32\)'):
         model(torch.zeros(1, 33, dtype=torch.int64))
 
