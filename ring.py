@@ -145,15 +145,14 @@ def _add_up(codec, total, wire, sizes, dtype):
 
 class _Attend(torch.autograd.Function):
     """
-    Forward, over all shards, each with keys and values K, V = RoPE(expand(payload)):
+    With keys and values K, V = expand(payload) of every shard, and lse the log of the softmax's
+    denominator over all of them:
 
-        P = exp(Q K^T / sqrt(hd) - lse)     lse: the log of the softmax's denominator
-        out = sum of P V                    found shard by shard, see `kernels.merge`
-
-    Backward. P needs only lse to be computed again, so each shard has its share by itself:
-
+        P = exp(Q K^T / sqrt(hd) - lse)     out = sum of P V
         dV = P^T dout                       dS = P * (dout V^T - rowsum(dout * out)) / sqrt(hd)
         dK = dS^T Q                         dQ = sum of dS K
+
+    Forward lse grows shard by shard (`kernels.merge`). Backward it is known: shards just add up.
     """
 
     @staticmethod
@@ -278,8 +277,8 @@ class Ring:
 
     def shard(self, x, chunk_size):
         """
-        This rank's part of x (B, T, ...), the same on all ranks -> (B, T / world_size, ...).
-        Raises ValueError if T is not a multiple of 2 * world_size chunks.
+        This rank's part (B, T / world_size, ...) of x (B, T, ...), the same on all ranks. Raises
+        ValueError if T is not a multiple of 2 * world_size chunks.
         """
         if self.world_size == 1:
             return x
@@ -292,17 +291,14 @@ class Ring:
     def exchange(self, tensors, hop, phase):
         """
         Post a send of `tensors` to the rank `hop` further on and the receive of tensors of the same
-        shapes from the rank `hop` back; do not wait. phase: 'fwd' or 'bwd', to count.
-
-        Returns a function that waits for both and returns the received tensors. Both raise
-        PeerError if a peer is gone.
+        shapes from the rank `hop` back. phase: 'fwd' or 'bwd', to count. Returns a function that
+        waits for both and returns what was received. Both raise PeerError if a peer is gone.
         """
         sent, link = [t.contiguous() for t in tensors], self.link
         n_bytes = sum(t.nbytes for t in sent)
         self.count(phase, n_bytes)
         if link.dialled:  # a last tensor, not counted, tells the receiver when our queue is through
-            leaves = link.send(n_bytes, link.computed(sent[0].device))
-            sent.append(torch.tensor([leaves], dtype=torch.float64, device=sent[0].device))
+            sent.append(link.stamp(n_bytes, sent[0].device))
         post = self.post(sent, hop, phase)
 
         def wait():
@@ -339,7 +335,6 @@ class Ring:
         Send `tensors` straight to every other rank, and yield (source, theirs) as they arrive: at
         hop h rank i sends to i + h and receives from i - h. That is as many bytes as passing shards
         from neighbour to neighbour, but none waits for another: one latency, not one a hop.
-
         at_once: post all exchanges now; else one, and the next whenever one is waited for.
         """
         posts = (self.exchange(tensors, hop, phase) for hop in range(1, self.world_size))
@@ -364,8 +359,7 @@ def average(tensors, ring):
     """
     Replace tensors, all of one dtype, by their mean over all ranks of the run, not of the ring
     alone: in one all-reduce, since over a slow link each one costs 2 (N - 1) latencies. The meter
-    is charged what it costs each rank at least, 2 (N - 1) / N of the bytes each way (Patarasuk and
-    Yuan 2009).
+    counts the least that it costs, 2 (N - 1) / N of the bytes each way (Patarasuk and Yuan 2009).
     """
     N = dist.get_world_size() if dist.is_initialized() else ring.world_size
     if N == 1:
@@ -375,8 +369,7 @@ def average(tensors, ring):
     n_bytes = 2 * (N - 1) * flat.nbytes // N
     ring.count('sync', n_bytes)
     if link.dialled:  # it ends for none before the last has begun
-        leaves = torch.tensor([link.send(n_bytes, link.computed(flat.device))],
-                              dtype=torch.float64, device=flat.device)
+        leaves = link.stamp(n_bytes, flat.device)
         ring.all_reduce(leaves, what, dist.ReduceOp.MAX)
     ring.all_reduce(flat, what)
     if link.dialled:  # its steps wait for each other
@@ -414,11 +407,12 @@ class Link:
                                   left + self.latency)
         self.sleep(max(0.0, self.received_until - self.clock()))
 
-    def computed(self, device):
-        """Waits until all that was launched is computed, as only that can be sent -> the time."""
+    def stamp(self, n_bytes, device):
+        """Queue n_bytes that `device` has computed -> a tensor: the time when the last leaves."""
         if device.type == 'cuda':
             torch.cuda.current_stream(device).synchronize()
-        return self.clock()
+        leaves = self.send(n_bytes, self.clock())
+        return torch.tensor([leaves], dtype=torch.float64, device=device)
 
 
 class Rehearsal(Ring):
