@@ -144,6 +144,20 @@ def test_causal_work_is_shared_evenly():
     assert len(visible(1, 16, 0, 0)) == 4  # 8, 4, 2, 1 chunks at a time
 
 
+def test_backward_compiles_as_forward_did():
+    q, seen = torch.zeros(1, 4, 1, 8, requires_grad=True), []
+
+    def shard_backward(dout, q, *_):
+        seen.append(kernels.is_compiling())
+        return q, q, q
+    with patch.object(kernels, 'shard_backward', shard_backward):
+        for on in (True, False):
+            with kernels.compiling(on):
+                out = attend(Ring(), q, q, q, (), None, (), None, None, 4)
+            out.sum().backward()
+    assert seen == [True, False]
+
+
 class FakeLink(Link):
     """A link on a clock of its own, which moves only when somebody waits."""
     time = 0.0
