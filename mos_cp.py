@@ -1,15 +1,16 @@
 """
-The model: a small LLaMA-style GPT whose attention runs over a ring of workers, and the codecs that
-decide what crosses the wire ("Mixtures of Subspaces for Bandwidth Efficient Context Parallel
-Training", Ramasinghe et al., NeurIPS 2025, arXiv 2606.16384; "the paper" below).
+The method and the model: what workers send each other instead of keys and values, and a small
+LLaMA-style GPT whose attention runs over a ring of them ("Mixtures of Subspaces for Bandwidth
+Efficient Context Parallel Training", Ramasinghe et al., NeurIPS 2025, arXiv 2606.16384; "the paper"
+below).
 
     config = GPTConfig(block_size=1024, n_layer=4, n_head=4, n_embd=128)
     model = GPT(config)                     # one process: the reference
     logits, loss = model(idx, targets)      # (B, T, vocab_size), mean cross-entropy
 
-With `GPT(config, Ring(group))` the same call takes each rank's `ring.shard(idx, config.chunk_size)`
-and gives the same numbers: what the model computes depends on config.n_chunks, never on how many
-ranks share the chunks.
+With `GPT(config, Ring(group))` every rank makes the same call with the same sequences, computes the
+part that `ring.shard` gives it, and all together get the same numbers: they depend on
+config.n_chunks, never on how many ranks share the chunks.
 
 `python mos_cp.py` times a training step beside the same model with PyTorch's own attention.
 """
@@ -22,7 +23,6 @@ import statistics
 import time
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -32,12 +32,264 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from ring import Ring, attend, positions
 
+# -----------------------------------------------------------------------------
+# What crosses the wire. A codec turns a layer's keys and values kv (B, T, 2, Hkv, hd), keys before
+# RoPE, into a payload, a tuple of tensors (B, T, ...) or (B, chunks, ...), and back.
+
+class Full(nn.Module):
+    """
+    Keys and values as they are. The base of all codecs. One of your own needs `compress` and
+    `expand`, `weights` if it learns something, and an entry in CODECS: rounding to fewer bits, and
+    gradients across the wire, come for free.
+    """
+    keep = False  # hold what arrived until backward? Too large: it is sent a second time
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.wire_dtype, self.grad_wire_dtype = config.wire_dtype, config.grad_wire_dtype
+
+    def weights(self, embedding):
+        """
+        The tensors that `compress` and `expand` use, made once a step from parameters and the
+        embedding (vocab_size, n_embd). Reached any other way in `expand`, they get no gradient.
+        """
+        return ()
+
+    def compress(self, kv, tokens, weights):
+        """kv (B, T, 2, Hkv, hd) of the tokens (B, T) -> payload"""
+        return (kv,)
+
+    def expand(self, payload, tokens, weights):
+        """The payload of tokens (B, T), the first ones of any rank -> kv"""
+        return payload[0]
+
+    @kernels.fused
+    def pack(self, tensors, gradient=False):
+        """
+        The payload, or the gradient of its floating-point tensors, as it travels. Integers have one
+        scale for each row, which is the last dimension: a head of full keys and values, the latent
+        of a token. A gradient is rounded stochastically: nothing is lost on average.
+        """
+        dtype = self.grad_wire_dtype if gradient else self.wire_dtype
+
+        def rounded(t):
+            if dtype == 'compute' or not t.is_floating_point():
+                return t
+            if dtype == 'bf16':
+                return t.to(torch.bfloat16)
+            return kernels.quantize(t, int(dtype[3:]), stochastic=gradient)
+        return [rounded(t) for t in tensors]
+
+    @kernels.fused
+    def unpack(self, wire, sizes, dtype, gradient=False):
+        """The inverse of `pack`. sizes, dtype: last dimensions and dtype of what was packed."""
+        wire_dtype = self.grad_wire_dtype if gradient else self.wire_dtype
+
+        def restored(t, size):
+            if t.dtype == torch.uint8:
+                return kernels.dequantize(t, int(wire_dtype[3:]), size, dtype)
+            return t.to(dtype) if wire_dtype == 'bf16' and t.is_floating_point() else t
+        return [restored(t, size) for t, size in zip(wire, sizes)]
+
+    def wire_bytes(self, kv, embedding):
+        """Bytes that kv, on the meta device, costs a rank it travels to: (forward, backward)."""
+        tokens = torch.zeros(kv.shape[:2], dtype=torch.int64, device=kv.device)
+        payload = self.compress(kv, tokens, self.weights(embedding))
+        fwd = sum(t.nbytes for t in self.pack(payload))
+        gradient = [t for t in payload if t.is_floating_point()]
+        bwd = sum(t.nbytes for t in self.pack(gradient, gradient=True))
+        return fwd, bwd if self.keep else fwd + bwd
+
+
+class Mixture(Full):
+    """
+    What the token alone does not say, in a subspace that the token chooses. Of a token, with Z its
+    key and value [K, V] in R^(2d):
+
+        guess    G = W e + b                            e: the token's embedding, RMS-normed
+        mixture  theta = psi (Z - G), bounded           k numbers (n_generators)
+                 U(theta) = U_0 + sum_l theta_l U_l     each U_l: (2d, r), r numbers (latent_dim)
+        send     z = U(theta)^T (Z - G), and theta      in 4 bits each, say
+        rebuild  Z_hat = G + U(theta) z
+
+    Every rank knows every token, so the guess costs no byte. Nothing looks at later tokens. U_l,
+    psi, W = W_out W_in (of rank guess_dim) and b are learned; k = 0 is one learned subspace.
+
+    The paper (Algorithm 1) is the same with other choices: no guess; K and V apart; theta of a
+    chunk's mean, clipped; U(theta) = (I + M + M^2 / 2) U_0 with M = sum_l theta_l A_l and frozen
+    U_0 and skew-symmetric A_l: to second order, a rotation of U_0.
+    """
+    keep = True
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.config, self.frozen = config, config.subspace == 'frozen'
+        # random numbers of its own: the initial weights must not depend on what is sent
+        self.seed = (torch.initial_seed() * 1000 + layer) % 2**63
+        rng = torch.Generator().manual_seed(self.seed)
+        self.U, self.psi = nn.ParameterList(), nn.ParameterList()  # one each, or of K and of V
+        for D, r in config.subspaces:
+            U_0 = torch.linalg.qr(torch.randn(D, r, generator=rng))[0]
+            self.U.append(nn.Parameter(self.family(U_0), requires_grad=not self.frozen))
+            if k := config.n_generators:
+                self.psi.append(nn.Parameter(0.02 * torch.randn(k, D, generator=rng)))
+        width = 2 * config.n_kv_head * config.head_dim
+        self.guess_dim = min(config.guess_dim, config.n_embd, width)
+        if self.guess_dim:
+            self.W_in = nn.Parameter(torch.zeros(self.guess_dim, config.n_embd))
+            self.W_out = nn.Parameter(torch.zeros(width, self.guess_dim))
+            self.b = nn.Parameter(torch.zeros(width))
+
+    def family(self, U_0):
+        """
+        U_0 (D, r) and the matrices mixed into it -> (D, J, r). Learned ones, J = 1 + k, begin at 0:
+        a mixture begins as the one subspace it contains. Frozen: A_l U_0 and A_l A_m U_0 / 2.
+        """
+        k, (D, _) = self.config.n_generators, U_0.shape
+        if k == 0 or not self.frozen:
+            return F.pad(U_0[:, None], (0, 0, 0, k))
+        S = torch.randn(k, D, D, generator=torch.Generator().manual_seed(self.seed)).to(U_0)
+        order = 'fro' if self.config.generator_norm == 'frobenius' else 2
+        A = (S - S.mT) / torch.linalg.matrix_norm(S - S.mT, order, keepdim=True)
+        first = torch.einsum('lde,er->dlr', A, U_0)
+        second = torch.einsum('lde,emr->dlmr', A, first).flatten(1, 2) / 2
+        return torch.cat((U_0[:, None], first, second), dim=1)
+
+    def weights(self, embedding):
+        guess = ()
+        if self.guess_dim:
+            e = F.rms_norm(embedding, embedding.shape[-1:])
+            guess = F.linear(e, self.W_in), self.W_out, self.b  # a table: guess_dim numbers a word
+        return guess + tuple(self.U)
+
+    def guess(self, tokens, weights, dtype):
+        """G: (B, T, 2 d)"""
+        if not self.guess_dim:
+            return 0
+        table, W_out, b = (w.to(dtype) for w in weights[:3])
+        return F.embedding(tokens, table) @ W_out.mT + b
+
+    def theta(self, Z, psi):
+        """Z (B, T, D) -> (B, T, k), or of each chunk (B, chunks, k)"""
+        if self.config.theta == 'chunk':
+            Z = Z.unflatten(1, (-1, self.config.chunk_size)).mean(dim=2)
+        theta, clip = F.linear(Z, psi).to(Z.dtype), self.config.theta_clip or math.inf
+        return theta.clamp(-clip, clip) if self.frozen else theta.tanh()
+
+    def mix(self, theta, T):
+        """theta -> how much of each of the J matrices is in U(theta): (B, T, J, 1)"""
+        theta = theta.repeat_interleave(T // theta.shape[1], dim=1)
+        parts = [torch.ones_like(theta[..., :1]), theta]
+        if self.frozen:
+            parts.append((theta[..., :, None] * theta[..., None, :]).flatten(2))
+        return torch.cat(parts, dim=-1).unsqueeze(-1)
+
+    def compress(self, kv, tokens, weights):
+        rest = kv.flatten(2)  # (B, T, 2 d)
+        rest = rest - self.guess(tokens, weights, rest.dtype)
+        Us, zs, thetas = weights[-len(self.U):], [], []
+        for i, (Z, U) in enumerate(zip(rest.split([len(U) for U in Us], dim=-1), Us)):
+            J, r = U.shape[1:]
+            z = (Z @ aligned(U.flatten(1)).to(Z.dtype))[..., :J * r]  # U_0^T Z, U_1^T Z, ...
+            if J > 1:
+                thetas.append(self.theta(Z, self.psi[i]))
+                z = (self.mix(thetas[-1], Z.shape[1]) * z.unflatten(-1, (J, r))).sum(dim=2)
+            zs.append(z.contiguous())
+        return *zs, *thetas
+
+    def expand(self, payload, tokens, weights):
+        n, rebuilt = len(self.U), []
+        for i, (z, U) in enumerate(zip(payload, weights[-n:])):
+            if len(payload) > n:  # theta came too
+                z = (self.mix(payload[n + i], z.shape[1]) * z.unsqueeze(2)).flatten(2)
+            rebuilt.append(aligned(z) @ aligned(U.flatten(1)).to(z.dtype).mT)
+        rebuilt = torch.cat(rebuilt, dim=-1)  # (B, T, 2 d)
+        rebuilt = rebuilt + self.guess(tokens, weights, rebuilt.dtype)
+        return rebuilt.unflatten(-1, (2, -1, self.config.head_dim))
+
+    @torch.no_grad()
+    def start(self, moment):
+        """
+        From second moments of rows [Z, e, 1] (`GPT.moments`): the guess becomes the regression of Z
+        on e, the subspace the principal directions of what that leaves.
+        """
+        C, dim = moment.double(), sum(len(U) for U in self.U)
+        left = C[:dim, :dim]
+        if m := self.guess_dim:
+            # 1. Ridge regression: W = argmin |Z - W [e, 1]|^2 + 0.01 |e|^2 |W|^2
+            ez, ee = C[dim:, :dim], C[dim:, dim:]
+            ridge = torch.full_like(ee[0], 0.01 * ee.diagonal()[:-1].mean() + 1e-6)
+            ridge[-1] = 1e-6  # not of the mean
+            W = torch.linalg.solve(ee + ridge.diag(), ez).T  # (2 d, n_embd + 1)
+            # 2. The best of rank m: W projected on the principal directions of what it predicts
+            self.W_out.copy_(torch.linalg.eigh(W @ ee @ W.T)[1][:, -m:])
+            W_out = self.W_out.double()
+            self.W_in.copy_(W_out.T @ W[:, :-1])
+            self.b.copy_(W[:, -1])
+            # 3. Second moments of Z - G
+            W = torch.cat((W_out @ self.W_in.double(), self.b.double()[:, None]), dim=1)
+            left = left - W @ ez - (W @ ez).T + W @ ee @ W.T
+        rng, begin = torch.Generator().manual_seed(self.seed), 0
+        for i, U in enumerate(self.U):
+            M = left[begin:begin + len(U), begin:begin + len(U)]
+            begin += len(U)
+            U.copy_(self.family(principal_directions(M, U.shape[2])))
+            if len(self.psi) and not self.frozen:
+                # 4. A random psi by which psi (Z - G) has variance 1: tanh bends, and is not flat
+                psi = torch.randn(self.psi[i].shape, generator=rng).to(M)
+                variance = torch.einsum('kd,de,ke->k', psi, M, psi) / C[-1, -1]  # over all rows
+                self.psi[i].copy_(psi / variance.clamp(min=1e-30).sqrt()[:, None])
+
+
+def aligned(x):
+    """x (..., r) with zeros up to a multiple of 8: others miss a GPU's fast matrix products."""
+    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
+
+
+def principal_directions(moment, n):
+    """
+    An orthonormal basis (d, n) of the span of the top n eigenvectors of a second moment (d, d): the
+    eigenvectors times a fixed random rotation. Along the eigenvectors themselves some numbers of a
+    token would be far larger than others, and these, which share a scale with them, rounded to 0.
+    """
+    _, vectors = torch.linalg.eigh(moment.double())  # ascending
+    noise = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return vectors[:, -n:] @ torch.linalg.qr(noise)[0].to(vectors.device)
+
+
+class TopK(Full):
+    """The largest entries of each token's key and of its value, and where they stood."""
+    keep = True
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.shape = config.n_kv_head, config.head_dim
+        self.n = max(1, round(config.topk * config.n_kv_head * config.head_dim))
+
+    def compress(self, kv, tokens, weights):
+        kv = kv.flatten(3)  # (B, T, 2, d)
+        where = kv.abs().topk(self.n, dim=-1).indices
+        return kv.gather(-1, where), where.to(torch.int16 if kv.shape[-1] <= 2**15 else torch.int32)
+
+    def expand(self, payload, tokens, weights):
+        values, where = payload
+        zeros = values.new_zeros(*values.shape[:-1], self.shape[0] * self.shape[1])
+        return zeros.scatter(-1, where.long(), values).unflatten(-1, self.shape)
+
+
+CODECS = {'mixture': Mixture, 'full': Full, 'topk': TopK, 'local': None}  # the values of --send
+
+
+# -----------------------------------------------------------------------------
+# Configuration
+
 CHOICES = {  # the values an option takes; train.py's flags check against these too
-    'send': ('full', 'local', 'topk', 'subspace'),
+    'send': CODECS,
     'wire_dtype': ('auto', 'compute', 'bf16', 'int8', 'int4'),
     'grad_wire_dtype': ('same', 'compute', 'bf16', 'int8', 'int4'),
-    'basis': ('fixed', 'rotated', 'learned'),
-    'generator': ('frobenius', 'spectral'),
+    'theta': ('token', 'chunk'),
+    'subspace': ('learned', 'frozen'),
+    'generator_norm': ('frobenius', 'spectral'),
 }
 
 
@@ -47,7 +299,7 @@ def check(holds, says, *flags):
         raise ValueError(f'{says}: change {" or ".join("--" + flag for flag in flags)}')
 
 
-@dataclass
+@dataclasses.dataclass
 class GPTConfig:
     """The model and what it sends. (The comments are what `train.py --help` says.)"""
     block_size: int = 1024  # context length in tokens, over all ranks of a ring together
@@ -59,17 +311,19 @@ class GPTConfig:
     n_embd: int = 128  # width
     n_ff: int = 0  # width of the SwiGLU; 0: 8/3 n_embd, rounded up to a multiple of 64
     rope_base: float = 500000.0  # base of the rotary embedding's frequencies
-    send: str = 'subspace'  # full (uncompressed), local (nothing), topk, or subspace
-    rank: int = 36  # numbers sent for a token and layer, its key and value together
-    rank_k: int = 0  # of these for the key, without joint_kv; 0: two sevenths
+    send: str = 'mixture'  # full (uncompressed), local (nothing), topk, or mixture
+    latent_dim: int = 36  # numbers sent for a token and layer, its key and value together
+    latent_dim_k: int = 0  # of these for the key, without joint_kv; 0: two sevenths
     joint_kv: bool = True  # one subspace for keys and values together; False: one each
-    basis: str = 'learned'  # fixed, learned, or rotated (the paper: by the mean of the chunk)
-    generator: str = 'frobenius'  # random, of frobenius (the paper) or spectral norm 1
-    n_generators: int = 1  # how many generators, that is numbers in theta
-    theta_clip: float = 0.5  # largest |theta|; 0: not clipped
+    n_generators: int = 4  # how many matrices theta mixes into the subspace; 0: one subspace
+    theta: str = 'token'  # of each token, or of a chunk's mean (the paper)
+    subspace: str = 'learned'  # or frozen: skew-symmetric generators rotate it (the paper)
+    generator_norm: str = 'frobenius'  # of frozen ones: frobenius (the paper) or spectral norm 1
+    theta_clip: float = 0.5  # largest |theta| of frozen generators; 0: not clipped
+    guess_dim: int = 256  # rank of the guess by the token alone, at most n_embd; 0: no guess
     exact_local: bool = True  # a chunk's own keys and values are exact; False (the paper): rebuilt
     compress_last: bool = True  # False (the paper): the last layer sends full keys and values
-    wire_dtype: str = 'auto'  # compute, bf16, int8, int4; auto: int4 for subspace, else compute
+    wire_dtype: str = 'auto'  # compute, bf16, int8, int4; auto: int4 for mixture, else compute
     grad_wire_dtype: str = 'same'  # of the gradient; int8, int4: stochastically rounded
     topk: float = 0.1  # fraction of the entries that send=topk keeps
     recompute: bool = False  # compute MLPs and logits once more in backward: less memory
@@ -79,9 +333,9 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.n_ff = self.n_ff or 64 * math.ceil(8 * self.n_embd / 3 / 64)
         self.vocab_size = self.vocab_size or 256
-        self.rank_k = self.rank_k or max(1, round(2 * self.rank / 7))
+        self.latent_dim_k = self.latent_dim_k or max(1, round(2 * self.latent_dim / 7))
         if self.wire_dtype == 'auto':
-            self.wire_dtype = 'int4' if self.send == 'subspace' else 'compute'
+            self.wire_dtype = 'int4' if self.send == 'mixture' else 'compute'
         if self.grad_wire_dtype == 'same':
             self.grad_wire_dtype = self.wire_dtype
 
@@ -89,7 +343,7 @@ class GPTConfig:
             value = getattr(self, name)
             check(value in choices, f'{name} ({value!r}) must be one of {", ".join(choices)}', name)
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd',
-                     'n_ff', 'n_chunks', 'n_generators', 'rank', 'rope_base'):
+                     'n_ff', 'n_chunks', 'latent_dim', 'rope_base'):
             value = getattr(self, name)
             check(value >= 1, f'{name} ({value}) must be at least 1', name)
         for name, of, by in (('block_size', 'n_chunks', self.n_chunks),
@@ -99,11 +353,12 @@ class GPTConfig:
             check(value % by == 0, f'{name} ({value}) must be a multiple of {of} ({by})', name,
                   of.split()[-1])
         check(0 < self.topk <= 1, f'topk ({self.topk}) must be above 0 and at most 1', 'topk')
-        clip = self.theta_clip
-        check(clip >= 0, f'theta_clip ({clip}) must be at least 0', 'theta_clip')
-        for d, r in self.subspaces if self.send == 'subspace' else ():
-            check(1 <= r <= d, f'rank ({self.rank}) must leave each subspace between 1 and {d} '
-                  f'numbers, and one has {r}', 'rank', 'rank_k')
+        for name in ('theta_clip', 'n_generators', 'guess_dim'):
+            value = getattr(self, name)
+            check(value >= 0, f'{name} ({value}) must be at least 0', name)
+        for d, r in self.subspaces if self.send == 'mixture' else ():
+            check(1 <= r <= d, f'latent_dim ({self.latent_dim}) must leave each subspace between 1 '
+                  f'and {d} numbers, and one has {r}', 'latent_dim', 'latent_dim_k')
         check(self.compress_last or self.n_layer > 1 or self.send in ('full', 'local'),
               f'compress_last ({self.compress_last}) leaves nothing to compress when n_layer is '
               f'{self.n_layer}', 'compress_last', 'n_layer')
@@ -120,209 +375,8 @@ class GPTConfig:
     def subspaces(self):
         """(d, r) of each subspace: one for [K, V] together in R^2d, or one for K and one for V."""
         d = self.n_kv_head * self.head_dim  # width of all keys, and of all values, of a token
-        apart = [(d, self.rank_k), (d, self.rank - self.rank_k)]
-        return [(2 * d, self.rank)] if self.joint_kv else apart
-
-
-# -----------------------------------------------------------------------------
-# Codecs: what a layer's keys and values look like on the wire. kv is (B, T, 2, Hkv, hd), keys
-# before RoPE and values; a payload is a tuple of tensors (B, T, ...) or (B, chunks, ...). One of
-# your own needs `compress` and `expand`, and `params` if it learns something; autograd takes care
-# of its gradients, also across the wire.
-
-def _rotate_basis(theta, U0, AU0, AAU0):
-    """
-    R(theta) U0 with R(theta) = I + M + M^2/2, M = sum_l theta_l A_l: the paper's second-order
-    exponential (Algorithm 1, step 3), without ever forming a d x d matrix.
-
-    theta: (B, c, k), radians; U0: (d, r); AU0: (k, d, r) = A_l U0; AAU0: (k, k, d, r) = A_l A_m U0.
-    Returns (B, c, d, r): one basis for each chunk.
-    """
-    first = torch.einsum('bcl,ldr->bcdr', theta, AU0)
-    second = torch.einsum('bcl,bcm,lmdr->bcdr', theta, theta, AAU0)
-    return U0 + first + second / 2
-
-
-def aligned(x):
-    """x (..., r) with zeros up to a multiple of 8: others miss a GPU's fast matrix products."""
-    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
-
-
-def _compress(z, U):
-    """Z_comp = Z U. z: (B, T, d); U: (d, r), or (B, c, d, r), one for each chunk -> (B, T, r)."""
-    if U.dim() == 2:
-        return (z @ aligned(U).to(z.dtype))[..., :U.shape[-1]].contiguous()
-    return (z.unflatten(1, (U.shape[1], -1)) @ U.to(z.dtype)).flatten(1, 2)
-
-
-def _expand(z, U):
-    """Z_hat = Z_comp U^T, back from the subspace; U as in `compress`. z: (B, T, r) -> (B, T, d)."""
-    if U.dim() == 2:
-        return aligned(z) @ aligned(U).to(z.dtype).mT
-    return (z.unflatten(1, (U.shape[1], -1)) @ U.to(z.dtype).mT).flatten(1, 2)
-
-
-class Full(nn.Module):
-    """Keys and values as they are. The base of all codecs: rounding to fewer bits stands here."""
-    keep = False  # hold what arrived until backward? Too large: it is sent a second time
-    n_rounded = 1  # how many of a payload's tensors, the first ones, are rounded
-    params = ()  # the tensors that `expand` uses; reached any other way, they get no gradient
-
-    def __init__(self, wire_dtype='compute', grad_wire_dtype='compute'):
-        super().__init__()
-        self.wire_dtype, self.grad_wire_dtype = wire_dtype, grad_wire_dtype
-
-    def compress(self, kv):
-        """kv (B, T, 2, Hkv, hd) -> payload"""
-        return (kv,)
-
-    def expand(self, payload, tokens, params):
-        """payload, or the first part of one -> kv"""
-        return payload[0]
-
-    @kernels.fused
-    def pack(self, tensors, gradient=False):
-        """
-        The payload, or the gradient of its floating-point tensors, as it travels. Integers have one
-        scale for each row, which is the last dimension: a head of full keys and values, a token's
-        numbers in a subspace. A gradient is rounded stochastically: nothing is lost on average.
-        """
-        dtype, n = self.grad_wire_dtype if gradient else self.wire_dtype, self.n_rounded
-        if dtype == 'compute':
-            return list(tensors)
-        if dtype == 'bf16':
-            return [*(t.to(torch.bfloat16) for t in tensors[:n]), *tensors[n:]]
-        return [*(kernels.quantize(t, int(dtype[3:]), gradient) for t in tensors[:n]), *tensors[n:]]
-
-    @kernels.fused
-    def unpack(self, wire, sizes, dtype, gradient=False):
-        """The inverse of `pack`. sizes, dtype: last dimensions and dtype of what was packed."""
-        wire_dtype, n = self.grad_wire_dtype if gradient else self.wire_dtype, self.n_rounded
-        if wire_dtype == 'compute':
-            return list(wire)
-        if wire_dtype == 'bf16':
-            return [*(t.to(dtype) for t in wire[:n]), *wire[n:]]
-        return [*(kernels.dequantize(t, int(wire_dtype[3:]), size, dtype)
-                  for t, size in zip(wire[:n], sizes)), *wire[n:]]
-
-    def wire_bytes(self, kv):
-        """Bytes that kv, on the meta device, costs a rank it travels to: (forward, backward)."""
-        payload = self.compress(kv)
-        fwd = sum(t.nbytes for t in self.pack(payload))
-        gradient = [t for t in payload if t.is_floating_point()]
-        bwd = sum(t.nbytes for t in self.pack(gradient, gradient=True))
-        return fwd, bwd if self.keep else fwd + bwd
-
-
-class TopK(Full):
-    """The largest entries of each token's key and of its value, and where they stood."""
-    keep = True
-
-    def __init__(self, config, *wire_dtypes):
-        super().__init__(*wire_dtypes)
-        self.shape = config.n_kv_head, config.head_dim
-        self.n = max(1, round(config.topk * config.n_kv_head * config.head_dim))
-
-    def compress(self, kv):
-        kv = kv.flatten(3)  # (B, T, 2, d)
-        where = kv.abs().topk(self.n, dim=-1).indices
-        return kv.gather(-1, where), where.to(torch.int16 if kv.shape[-1] <= 2**15 else torch.int32)
-
-    def expand(self, payload, tokens, params):
-        values, where = payload
-        zeros = values.new_zeros(*values.shape[:-1], self.shape[0] * self.shape[1])
-        return zeros.scatter(-1, where.long(), values).unflatten(-1, self.shape)
-
-
-class Basis(nn.Module):
-    """
-    One r-dimensional subspace of R^d, or a family of them, U(theta) = R(theta) U0 (Algorithm 1).
-
-    basis=fixed: U0 alone. learned: U0 is a free parameter. rotated: R(theta) = exp(sum_l theta_l
-    A_l) with fixed skew-symmetric A_l, and theta = psi(mean of the chunk's keys or values): a
-    mixture of subspaces.
-    """
-
-    def __init__(self, d, r, config, rng):
-        super().__init__()
-        k, self.clip = config.n_generators, config.theta_clip or math.inf
-        self.rotated = config.basis == 'rotated'
-        U0 = torch.linalg.qr(torch.randn(d, r, generator=rng))[0].contiguous()
-        self.U0 = nn.Parameter(U0, requires_grad=config.basis == 'learned')
-        if self.rotated:
-            self.psi = nn.Parameter(0.02 * torch.randn(k, d, generator=rng))
-            S = torch.randn(k, d, d, generator=rng)
-            order = 'fro' if config.generator == 'frobenius' else 2
-            A = (S - S.mT) / torch.linalg.matrix_norm(S - S.mT, order, keepdim=True)
-            self.register_buffer('A', A)
-            # A_l U0 and A_l A_m U0: all that the second-order exponential needs
-            self.register_buffer('AU0', torch.zeros(k, d, r))
-            self.register_buffer('AAU0', torch.zeros(k, k, d, r))
-            self.start(self.U0)
-
-    @torch.no_grad()
-    def start(self, U0):
-        """Start the subspace in the given orthonormal directions (d, r)."""
-        self.U0.copy_(U0)
-        if self.rotated:
-            self.AU0.copy_(self.A @ self.U0)
-            self.AAU0.copy_(torch.einsum('lde,mer->lmdr', self.A, self.AU0))
-
-    def theta(self, z, chunk_size):
-        """How far to rotate, from each chunk's mean. z: (B, T, d) -> (B, c, k), radians."""
-        mean = z.unflatten(1, (-1, chunk_size)).mean(dim=2)  # (B, c, d)
-        return F.linear(mean, self.psi).to(mean.dtype).clamp(-self.clip, self.clip)
-
-    @staticmethod
-    def rotate(theta, U0, AU0, AAU0):
-        """U(theta) = R(theta) U0. theta: (B, c, k) -> (B, c, d, r)."""
-        device = 'cpu' if theta.is_meta else theta.device.type  # autocast knows no meta
-        with torch.autocast(device, enabled=False):  # sender and receiver must find the same U
-            return _rotate_basis(theta.to(U0.dtype), U0, AU0, AAU0)
-
-
-class Subspace(Full):
-    """
-    Coordinates in a subspace: Z_comp = Z U with Z = [K, V] or one of them, and Z_hat = Z_comp U^T.
-    The default, one learned U for both, gives what multi-head latent attention calls the latent.
-    """
-    keep = True
-
-    def __init__(self, config, layer, *wire_dtypes):
-        super().__init__(*wire_dtypes)
-        self.shape, self.chunk_size = (config.n_kv_head, config.head_dim), config.chunk_size
-        # random numbers of its own: the initial weights must not depend on what is sent
-        rng = torch.Generator().manual_seed((torch.initial_seed() * 1000 + layer) % 2**63)
-        self.bases = nn.ModuleList(Basis(d, r, config, rng) for d, r in config.subspaces)
-        self.n_rounded = len(self.bases)  # theta is not
-
-    @property
-    def params(self):
-        return tuple(t for b in self.bases
-                     for t in ((b.U0, b.AU0, b.AAU0) if b.rotated else (b.U0,)))
-
-    def compress(self, kv):
-        zs = kv.flatten(-3).chunk(len(self.bases), dim=-1)  # [K, V] together, or K and V
-        thetas = [b.theta(z, self.chunk_size) for b, z in zip(self.bases, zs) if b.rotated]
-        Us = [b.rotate(t, b.U0, b.AU0, b.AAU0) for b, t in zip(self.bases, thetas)] or self.params
-        return (*(_compress(z, U) for z, U in zip(zs, Us)), *thetas)
-
-    def expand(self, payload, tokens, params):
-        thetas = payload[len(self.bases):]
-        Us = [Basis.rotate(theta, *params[3 * i:3 * i + 3]) for i, theta in enumerate(thetas)]
-        zs = [_expand(z, U) for z, U in zip(payload, Us or params)]
-        return (torch.cat(zs, -1) if zs[1:] else zs[0]).unflatten(-1, (2, *self.shape))
-
-
-def principal_directions(moment, n):
-    """
-    An orthonormal basis (d, n) of the span of the top n eigenvectors of a second moment (d, d): the
-    eigenvectors times a fixed random rotation. Along the eigenvectors themselves some numbers of a
-    token would be far larger than others, and these, which share a scale with them, rounded to 0.
-    """
-    _, vectors = torch.linalg.eigh(moment.double())  # ascending
-    noise = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return vectors[:, -n:] @ torch.linalg.qr(noise)[0].to(vectors.device)
+        apart = [(d, self.latent_dim_k), (d, self.latent_dim - self.latent_dim_k)]
+        return [(2 * d, self.latent_dim)] if self.joint_kv else apart
 
 
 # -----------------------------------------------------------------------------
@@ -346,37 +400,37 @@ class Attention(nn.Module):
         # the two W of Z = X W in the paper, of keys and of values
         self.c_kv = nn.Linear(config.n_embd, 2 * config.n_kv_head * config.head_dim, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.full, self.override = Full(), ''  # see GPT.set_send
-        dtypes = config.wire_dtype, config.grad_wire_dtype
-        self.codec = {'full': lambda: Full(*dtypes), 'topk': lambda: TopK(config, *dtypes),
-                      'subspace': lambda: Subspace(config, layer, *dtypes),
-                      'local': lambda: None}[config.send]()
-        if layer == config.n_layer - 1 and not config.compress_last and self.codec:
-            self.codec = self.full
+        self.plain = Full(config, layer)  # uncompressed: in a warm start, unplugged
+        self.plain.wire_dtype = self.plain.grad_wire_dtype = 'compute'
+        codec, last = CODECS[config.send], layer == config.n_layer - 1
+        self.codec = codec and (codec(config, layer) if config.compress_last or not last
+                                else self.plain)
+        self.sends = 'codec'  # see GPT.set_send
 
     @property
-    def active_codec(self):
+    def active(self):
         """The codec in use now; None: nothing is sent."""
-        return {'': self.codec, 'full': self.full, 'local': None}[self.override]
+        return {'local': None, 'full': self.plain, 'codec': self.codec}[self.sends]
 
-    def project(self, x, table):
+    def project(self, x, table, tokens, embedding):
         """
-        x (B, T, n_embd), table (T, 2, hd) of its positions -> q (B, T, H, hd) and k
-        (B, T, Hkv, hd) with RoPE, kv (B, T, 2, Hkv, hd), and the payload.
+        x (B, T, n_embd) of the tokens (B, T), table (T, 2, hd) of their positions, embedding
+        (vocab_size, n_embd) -> q (B, T, H, hd) and k (B, T, Hkv, hd) with RoPE, kv
+        (B, T, 2, Hkv, hd), the payload, and the codec's weights.
         """
         q = self.c_q(x).unflatten(-1, (-1, self.config.head_dim))
         kv = self.c_kv(x).unflatten(-1, (2, -1, self.config.head_dim))
-        payload = self.active_codec.compress(kv) if self.active_codec else ()
-        return kernels.rope(q, table), kernels.rope(kv[:, :, 0], table), kv, payload
+        weights = self.active.weights(embedding) if self.active else ()
+        payload = self.active.compress(kv, tokens, weights) if self.active else ()
+        return kernels.rope(q, table), kernels.rope(kv[:, :, 0], table), kv, payload, weights
 
-    def attend(self, q, k, kv, payload, ring, table):
+    def attend(self, q, k, kv, payload, weights, ring, table, tokens):
         """What comes between the projections; nothing else crosses the wire. -> (B, T, H, hd)"""
-        T, codec = q.shape[1], self.active_codec
+        T, codec = q.shape[1], self.active
         span = self.config.chunk_size if self.config.exact_local or not codec else 0
         if type(codec) is Full and codec.wire_dtype == 'compute':
             span = T  # exact anyway: a rank's own shard in one piece, which is causal in its order
-        params = codec.params if codec else ()
-        return attend(ring, q, k, kv[:, :, 1], payload, codec, params, table, None, span)
+        return attend(ring, q, k, kv[:, :, 1], payload, codec, weights, table, tokens, span)
 
 
 class MLP(nn.Module):
@@ -407,17 +461,21 @@ class Block(nn.Module):
         self.ln_2, self.mlp = Norm(config.n_embd, eps=1e-5), MLP(config)
 
     @kernels.fused
-    def before(self, x, table):
-        return self.attn.project(self.ln_1(x), table)
+    def before(self, x, table, tokens, embedding):
+        return self.attn.project(self.ln_1(x), table, tokens, embedding)
 
     @kernels.fused
     def after(self, x, y):
         x = x + self.attn.c_proj(y.flatten(2))
         return x + self.mlp(self.ln_2(x))
 
-    def forward(self, x, ring, table):
-        """x: (B, T, n_embd); table: RoPE's, (world_size, T, 2, hd)."""
-        y = self.attn.attend(*self.before(x, table[ring.rank]), ring, table)
+    def forward(self, x, ring, table, tokens, embedding):
+        """
+        x: (B, T, n_embd), this rank's shard; every rank's RoPE table (world_size, T, 2, hd) and
+        tokens (world_size, B, T).
+        """
+        own = self.before(x, table[ring.rank], tokens[ring.rank], embedding)
+        y = self.attn.attend(*own, ring, table, tokens)
         return recomputed(self.after, x, y) if self.config.recompute else self.after(x, y)
 
 
@@ -428,6 +486,7 @@ class GPT(nn.Module):
     def __init__(self, config, ring=None):
         super().__init__()
         self.config, self.ring = config, ring or Ring()
+        self.sends = 'codec'
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = Norm(config.n_embd, eps=1e-5)
@@ -439,100 +498,128 @@ class GPT(nn.Module):
                 residual = name.endswith('c_proj.weight')
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def forward(self, idx, targets=None, n_targets=None):
+    def forward(self, idx, targets=None):
         """
-        idx, targets: (B, T) token numbers; -1 in targets is ignored. With a ring of several ranks
-        they are this rank's shard (`ring.shard`).
-        n_targets: how many targets all ranks of the ring have together; None: they are asked.
+        idx, targets: (B, T) token numbers, the whole sequences, the same on every rank of a ring; a
+        rank computes its shard of them, T / world_size tokens (`ring.shard`). -1 in targets is
+        ignored.
 
-        Returns logits (B, T, vocab_size) and loss, the mean over targets. A rank of a ring has its
-        share of it, times the number of ranks: the mean over ranks is the mean over the sequence.
-        No loss (None) without targets, no logits (None) beside a loss with config.recompute.
-        Raises ValueError if the sequence is too long, or a shard is no multiple of two chunks.
+        Returns logits (B, T / world_size, vocab_size) and loss, the mean over targets. A rank of a
+        ring has its share of it, times the number of ranks: the mean over ranks is the mean over
+        the sequence. No loss (None) without targets, no logits (None) beside a loss with
+        config.recompute.
+        Raises ValueError if the sequence is too long, or cannot be shared out in chunks.
         """
         with kernels.compiling(self.config.compile):
-            return self._forward(idx, targets, n_targets)
+            x = self.hidden(idx)
+            if targets is None:
+                return self.lm_head(self.ln_f(x)), None
+            mine = self.ring.shard(targets, self.config.chunk_size)
+            if self.config.recompute:
+                logits, losses = None, torch.cat([
+                    recomputed(lambda *piece: self.losses(*piece)[1], *piece)
+                    for piece in self.pieces(x, mine)], dim=1)
+            else:
+                logits, losses = self.losses(x, mine)
+            return logits, losses.sum() * self.ring.world_size / (targets != -1).sum()
 
-    def _forward(self, idx, targets, n_targets):
-        x = self.hidden(idx)
-        if targets is None:
-            return self.logits(x), None
-        logits, losses = self.losses(x, targets)
-        if n_targets is None:
-            n_targets = (targets != -1).sum()
-            if self.ring.world_size > 1:
-                self.ring.all_reduce(n_targets, 'counting targets', group=self.ring.group)
-        return logits, losses.sum() * self.ring.world_size / n_targets
+    def inputs(self, idx):
+        """
+        Whole sequences (B, T) -> the embeddings x (B, T / world_size, n_embd) of this rank's shard,
+        and of every rank's RoPE's table (world_size, T / world_size, 2, hd) and the tokens.
+        """
+        n, c, ring = idx.shape[1], self.config, self.ring
+        check(n <= c.block_size, f'sequence length ({n}) is above block_size ({c.block_size})',
+              'block_size')
+        if ring.world_size == 1:  # padding: later than every real token (but in a chunk's mean)
+            idx = F.pad(idx, (0, -n % c.chunk_size))
+        ring.shard(idx, c.chunk_size)  # refuses lengths that cannot be shared out
+        where = positions(idx.shape[1], ring.world_size, idx.device)  # (world_size, T)
+        tokens = idx[:, where].transpose(0, 1)  # (world_size, B, T)
+        return self.wte(tokens[ring.rank]), self.table[where], tokens
 
     def hidden(self, idx):
-        """All but the head: (B, T) -> (B, T, n_embd)."""
-        n, world_size, config = idx.shape[1], self.ring.world_size, self.config
-        check(n * world_size <= config.block_size, f'sequence length ({n * world_size}) is above '
-              f'block_size ({config.block_size})', 'block_size')
-        check(world_size == 1 or n % (2 * config.chunk_size) == 0, f'shard length ({n}) must be a '
-              f'multiple of two chunks, 2 * block_size / n_chunks ({2 * config.chunk_size})',
-              'block_size', 'n_chunks')
-        # padding: later than every real token (but in the mean that is the paper's theta)
-        idx = F.pad(idx, (0, -n % config.chunk_size))
-        x, table = self.wte(idx), self.table_of(idx)
+        """All but the head: (B, T) -> (B, T / world_size, n_embd)."""
+        x, table, tokens = self.inputs(idx)
         for block in self.h:
-            x = block(x, self.ring, table)
-        return x[:, :n]
+            x = block(x, self.ring, table, tokens, self.wte.weight)
+        return x[:, :idx.shape[1]]
 
-    def table_of(self, idx):
-        """`kernels.rope_table` at every rank's positions: (world_size, T, 2, hd)."""
-        P = self.ring.world_size
-        return self.table[positions(idx.shape[1] * P, P, idx.device)]
-
-    def logits(self, x):
-        return self.lm_head(self.ln_f(x))  # (B, T, vocab_size)
-
-    def losses(self, x, targets):
-        """-> logits (None with config.recompute) and each token's loss (B, T), 0 if ignored."""
-        if not self.config.recompute:
-            return self._losses(x, targets)
-        # a few tokens at a time: the logits of a long sequence are larger than all the rest
-        pieces = zip(*(t.split(self.loss_tokens, dim=1) for t in (x, targets)))
-        losses = [recomputed(lambda *piece: self._losses(*piece)[1], *piece) for piece in pieces]
-        return None, torch.cat(losses, dim=1)
+    def pieces(self, *tensors):
+        """A few tokens at a time: the logits of a long sequence are larger than all the rest."""
+        return zip(*(t.split(self.loss_tokens, dim=1) for t in tensors))
 
     @kernels.fused
-    def _losses(self, x, targets):
-        logits = self.logits(x)
+    def losses(self, x, targets):
+        """-> logits (B, T, vocab_size) and each token's loss (B, T), 0 if ignored."""
+        logits = self.lm_head(self.ln_f(x))
         flat = logits.flatten(0, 1).to(kernels.accumulation_dtype(logits.dtype))
         losses = F.cross_entropy(flat, targets.flatten(), ignore_index=-1, reduction='none')
         return logits, losses.view(targets.shape)
 
+    @torch.no_grad()
+    def evaluate(self, idx, targets):
+        """
+        Of whole sequences (B, T), as in `forward` -> of this rank's shard each token's loss, 0 if
+        ignored, and whether the target is the likeliest token: (B, T / world_size) each.
+        """
+        found = []
+        with kernels.compiling(self.config.compile):
+            mine = self.ring.shard(targets, self.config.chunk_size)
+            for x, y in self.pieces(self.hidden(idx), mine):
+                logits, losses = self.losses(x, y)
+                found.append((losses, logits.argmax(-1) == y))
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*found))
+
     # -- a codec's life: warm start, on, unplugged
 
-    def set_send(self, override=''):
-        """Send what is configured (''), nothing ('local') or all, uncompressed ('full')."""
+    def set_send(self, send):
+        """From now on send nothing ('local'), everything ('full'), or what config says ('codec')."""
+        self.sends = send
         for block in self.h:
-            block.attn.override = override
+            block.attn.sends = send
+
+    def get_extra_state(self):  # in state_dict: what is sent belongs to the model
+        return self.sends
+
+    def set_extra_state(self, sends):
+        self.set_send(sends)
 
     @property
-    def bases(self):
-        """Every `Basis` of the layers that send subspaces."""
-        return [basis for block in self.h for basis in getattr(block.attn.codec, 'bases', ())]
+    def codecs(self):
+        """Those that have something to start."""
+        return [b.attn.codec for b in self.h if hasattr(b.attn.codec, 'start')]
 
     @torch.no_grad()
-    def basis_moments(self, idx=None):
+    def moments(self, idx=None):
         """
-        Second moments (d, d), one for each basis, whose principal directions are good to start
-        with: of the weights, W^T W for Z = X W, as in the paper, or of the keys and values on a
-        batch `idx` (this rank's shard; to sum over ranks is the caller's business).
+        For each of self.codecs, second moments of rows [Z, e, 1] over this rank's tokens of idx: Z
+        is a token's keys and values, e its normed embedding (if there is a guess). To be summed
+        over ranks and batches. None: Z are columns of the weights W of Z = X W, as in the paper.
         """
-        moments = []
-        x, table = (None, None) if idx is None else (self.wte(idx), self.table_of(idx))
+        def moment(Z, e):
+            with torch.autocast(Z.device.type, enabled=False):  # float32 at least
+                rows = [Z, e, torch.ones_like(Z[:, :1])] if self.config.guess_dim else [
+                    Z, torch.ones_like(Z[:, :1])]
+                rows = torch.cat(rows, dim=1).to(kernels.accumulation_dtype(Z.dtype))
+                return rows.T @ rows
+
+        blocks, found = [b for b in self.h if b.attn.codec in self.codecs], []
+        if idx is None:
+            weights = [b.attn.c_kv.weight.T for b in blocks]  # (n_embd, 2 d)
+            return [moment(W, W.new_zeros(len(W), self.config.n_embd)) for W in weights]
+        x, table, tokens = self.inputs(idx)
+        e = F.rms_norm(x, x.shape[-1:]).flatten(0, 1)
         for block in self.h:
-            c_kv, codec = block.attn.c_kv, block.attn.codec
-            kv = c_kv.weight.T if idx is None else c_kv(block.ln_1(x)).flatten(0, 1)  # (n, 2 d)
-            for z in kv.chunk(len(codec.bases), -1) if isinstance(codec, Subspace) else ():
-                with torch.autocast(z.device.type, enabled=False):  # float32 at least
-                    z = z.to(kernels.accumulation_dtype(z.dtype))
-                    moments.append(z.T @ z)
-            x = x if idx is None else block(x, self.ring, table)
-        return moments
+            if block in blocks:
+                found.append(moment(block.attn.c_kv(block.ln_1(x)).flatten(0, 1), e))
+            x = block(x, self.ring, table, tokens, self.wte.weight)
+        return found
+
+    def start_codecs(self, moments):
+        """moments: the sums of all that `moments` gave."""
+        for codec, moment in zip(self.codecs, moments):
+            codec.start(moment)
 
     # -- nanoGPT's interface
 
@@ -540,14 +627,14 @@ class GPT(nn.Module):
         """Parameters, without the input embedding by default: it costs no FLOPs."""
         return sum(p.numel() for p in self.parameters()) - non_embedding * self.wte.weight.numel()
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, basis_lr=1.0):
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, codec_lr=1.0):
         """
         AdamW; weight matrices decay, norms and the codecs' own parameters do not.
-        basis_lr: the codecs' learning rate as a fraction of the others', kept as 'lr_scale'.
+        codec_lr: the codecs' learning rate as a fraction of the others', kept as 'lr_scale'.
         """
         groups = [{'params': [], 'weight_decay': decay, 'lr_scale': scale,
                    'lr': learning_rate * scale}
-                  for decay, scale in ((weight_decay, 1.0), (0.0, 1.0), (0.0, basis_lr))]
+                  for decay, scale in ((weight_decay, 1.0), (0.0, 1.0), (0.0, codec_lr))]
         for name, p in self.named_parameters():
             if p.requires_grad:
                 groups[2 if 'codec' in name else int(p.dim() < 2)]['params'].append(p)
@@ -560,7 +647,7 @@ class GPT(nn.Module):
         block_size, or a chunk while nothing is sent.
         """
         c = self.config
-        spans = (c.block_size if block.attn.active_codec else c.chunk_size for block in self.h)
+        spans = (c.block_size if block.attn.active else c.chunk_size for block in self.h)
         return 6 * self.get_num_params() + 6 * c.n_embd * sum(spans)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
@@ -571,7 +658,8 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """Continue idx (B, T) on this process alone -> (B, T + max_new_tokens)."""
         alone = copy.copy(self)  # the same weights
-        alone.ring, alone.config = Ring(), dataclasses.replace(self.config, compile=False)
+        alone.ring, alone.config = Ring(), copy.copy(self.config)
+        alone.config.compile = False  # every length would be compiled
         for _ in range(max_new_tokens):
             logits = alone(idx[:, -self.config.block_size:])[0][:, -1].float() / temperature
             if top_k is not None:
@@ -580,17 +668,6 @@ class GPT(nn.Module):
             new = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
             idx = torch.cat((idx, new), dim=1)
         return idx
-
-
-class Loss(nn.Module):
-    """A model's loss alone: what a training step needs of it."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *batch):
-        return self.model(*batch)[1]
 
 
 class _Replay(torch.autograd.Function):
@@ -652,11 +729,11 @@ def _plain(model, idx, targets):
     """The model as one would write it without a ring: F.scaled_dot_product_attention. -> loss"""
     x = model.wte(idx)
     for block in model.h:
-        q, k, kv, _ = block.before(x, model.table)
+        q, k, kv, *_ = block.before(x, model.table, idx, model.wte.weight)
         heads = (t.transpose(1, 2) for t in (q, k, kv[:, :, 1]))
         y = F.scaled_dot_product_attention(*heads, is_causal=True)
         x = block.after(x, y.transpose(1, 2))
-    return model._losses(x, targets)[1].mean()
+    return model.losses(x, targets)[1].mean()
 
 
 def _milliseconds(config, batch_size, device, plain=False):
@@ -667,7 +744,8 @@ def _milliseconds(config, batch_size, device, plain=False):
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device)
     x, y = torch.randint(config.vocab_size, (2, batch_size, config.block_size), device=device)
     autocast = torch.autocast(device, torch.bfloat16, cache_enabled=False)
-    f = functools.partial(torch.compile(_plain), model) if plain else Loss(model)
+    f = functools.partial(torch.compile(_plain), model) if plain else (
+        lambda *batch: model(*batch)[1])
     if config.compile and device == 'cuda':
         with autocast:
             f = graphed(model, x, y)
@@ -690,15 +768,17 @@ def _benchmark():
             '124m, T 16384, B 1': (dict(n_layer=12, n_head=12, n_embd=768, block_size=16384), 1),
             '800m, T 32768, B 1': (dict(n_layer=8, n_head=8, n_embd=2048, n_ff=8192,
                                         block_size=32768), 1)}
+    one = dict(latent_dim=128)
     if device == 'cpu':
         rows = {'tiny, T 1024, B 4': ({}, 4)}
     print(f'{torch.cuda.get_device_name() if device == "cuda" else "CPU"}, torch '
           f'{torch.__version__}, bf16, compiled; ms a step, and the share of the plain model in '
-          'speed\n\n| model | plain | full | 128 numbers of 8 bits |\n' + '|---' * 4 + '|')
+          'speed\n\n| model | plain | full | 128 numbers: one subspace | 128 numbers: mixture |\n'
+          + '|---' * 5 + '|')
     for name, (sizes, batch_size) in rows.items():
         plain = _milliseconds(GPTConfig(send='local', **sizes), batch_size, device, plain=True)
         ours = [_milliseconds(GPTConfig(compile=True, **codec, **sizes), batch_size, device)
-                for codec in (dict(send='full'), dict(rank=128, wire_dtype='int8'))]
+                for codec in (dict(send='full'), dict(one, n_generators=0, guess_dim=0), one)]
         cells = [f'{plain:.1f}', *(f'{t:.1f} ({plain / t:.0%})' for t in ours)]
         print(f'| {name} | ' + ' | '.join(cells) + ' |', flush=True)
 

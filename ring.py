@@ -492,7 +492,7 @@ def _benchmark(rank, P, store):
     if rank == 0:
         name = torch.cuda.get_device_name() if cuda else 'CPU'
         print(f'{P} x {name}, torch {torch.__version__}: causal attention ({backend}), {H} heads '
-              f'of {hd}, forward and backward, ms (and the share of the ideal, one process / {P})\n\n'
+              f'of {hd}, forward and backward, ms (and share of the ideal, one process / {P})\n\n'
               '| T | one process | eager | compiled, in a CUDA graph | context_parallel |\n|'
               + 5 * '---|')
     for n_tokens in (4096, 8192, 16384, 65536) if cuda else (1024, 4096):  # of a rank

@@ -4,20 +4,23 @@ Train a GPT on long sequences split over several workers, with compressed ring a
     python train.py                                               # one process
     torchrun --standalone --nproc_per_node=2 train.py             # two, on CPUs or GPUs
     torchrun --standalone --nproc_per_node=2 train.py --send=full # the same, uncompressed
-    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=4 --master_addr=HOST --master_port=29500 \
-        train.py --preset=124m
 
-`python train.py --help` lists every flag. Read next: mos_cp.py (the model), ring.py (the wire).
+`python train.py --help` lists every flag. The method is not here: mos_cp.py is what is
+sent, ring.py the wire.
 """
 import argparse
 import bisect
 import difflib
+import errno
+import fcntl
 import glob
 import inspect
 import json
 import math
 import os
 import re
+import resource
+import signal
 import socket
 import sys
 import sysconfig
@@ -25,7 +28,7 @@ import textwrap
 import time
 import zlib
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -33,50 +36,48 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import kernels
-from mos_cp import CHOICES, GPT, GPTConfig, Loss, check, graphed, principal_directions
+from mos_cp import CHOICES, GPT, GPTConfig, check, graphed
 from ring import Link, PeerError, Rehearsal, Ring, average, waiting, zigzag
 
 # -----------------------------------------------------------------------------
 # Configuration. The fields of RunConfig and of GPTConfig (mos_cp.py) are the flags: name, type,
 # default, and in the comment what --help says.
 
-
 @dataclass
 class RunConfig:
     """The run: data, schedule, optimizer, processes."""
     preset: str = 'tiny'  # sizes and schedule: tiny, needle, 124m or 800m; single flags override it
-    method: str = 'ours'  # ours (the defaults), or paper: every option as in the paper
-    data: str = 'stdlib'  # stdlib (Python's source), a text file (bytes), uint16 .bin, glob, needle
+    method: str = 'ours'  # ours (the defaults), or paper: what is sent and how it starts
+    data: str = 'stdlib'  # stdlib (Python's source), needle, or files: text, .bin, .npy, a glob
     val_data: str = ''  # validation data; empty: a tenth of --data
     out_dir: str = 'out'  # where ckpt.pt and log.jsonl go
     init_from: str = 'scratch'  # scratch, resume (out_dir/ckpt.pt), or auto: if it is there
-    log_interval: int = 10  # iterations between log lines
-    eval_interval: int = 125  # iterations between validations with checkpoints (at the next sync)
+    log_interval: int = 25  # iterations between log lines
+    eval_interval: int = 250  # iterations between validations with checkpoints (at the next sync)
     eval_iters: int = 8  # batches per validation
     eval_only: bool = False  # validate once and stop
     always_save_checkpoint: bool = True  # False: only when the validation loss is the best so far
     prompt: str = 'def '  # text to continue at the end of the run (byte-level data only)
     sample_tokens: int = 200  # length of that continuation; 0: none
-    warm_start: int = 50  # iterations before the codec starts, bases then in principal directions
+    warm_start: int = 50  # iterations before the codec starts, then in principal directions
     warm_send: str = 'local'  # what travels in these: local (nothing), or full (uncompressed)
     warm_basis: str = 'activations'  # principal directions of activations, or weights (the paper)
     unplug_at: int = 0  # iteration from which everything is sent uncompressed; 0: never
-    batch_size: int = 4  # sequences per micro-step
+    batch_size: int = 16  # sequences per micro-step
     gradient_accumulation_steps: int = 1  # micro-steps per iteration, shared out over dp
-    max_iters: int = 250  # iterations
-    learning_rate: float = 2e-3  # peak learning rate of AdamW
+    max_iters: int = 500  # iterations
+    learning_rate: float = 4e-3  # peak learning rate of AdamW
     warmup_iters: int = 20  # iterations of linear warm-up
     lr_decay_iters: int = 0  # iteration at which the cosine decay ends; 0: max_iters
-    min_lr: float = 2e-4  # learning rate at the end of the decay
-    basis_lr: float = 0.3  # learning rate of the bases, as a fraction of the others'
+    min_lr: float = 4e-4  # learning rate at the end of the decay
+    codec_lr: float = 0.3  # learning rate of the codecs, as a fraction of the others'
     weight_decay: float = 0.1  # weight decay of the matrices
     beta1: float = 0.9  # AdamW's beta1
     beta2: float = 0.95  # AdamW's beta2
     grad_clip: float = 1.0  # largest norm of the gradient; 0: not clipped
-    seed: int = 1337  # of weights, bases, data order and sampling
+    seed: int = 1337  # of weights, codecs, data order and sampling
     cp: int = 0  # ranks that share one sequence; 0: all. The rest is data parallel
     sync_every: int = 1  # 1: average gradients every iteration; c: weights every c (local AdamW)
     device: str = 'auto'  # auto, cpu or cuda; auto: cuda if every process can have a GPU
@@ -90,24 +91,25 @@ class RunConfig:
 
 
 PRESETS = {
-    'tiny': {},
-    'needle': dict(data='needle', n_layer=2, n_embd=64, block_size=16, n_chunks=4, batch_size=64,
-                   max_iters=300, warm_start=10, learning_rate=5e-3, eval_interval=150,
-                   sample_tokens=0),
-    '124m': dict(n_layer=12, n_head=12, n_embd=768, rank=128, block_size=16384, batch_size=1,
+    'tiny': dict(n_layer=2, block_size=256),
+    'needle': dict(data='needle', guess_dim=0, n_layer=2, n_embd=64, block_size=16, n_chunks=4,
+                   batch_size=64, max_iters=300, warm_start=10, learning_rate=5e-3, min_lr=2e-4,
+                   eval_interval=150, sample_tokens=0),
+    '124m': dict(n_layer=12, n_head=12, n_embd=768, latent_dim=128, block_size=16384, batch_size=1,
                  gradient_accumulation_steps=16, max_iters=10000, warm_start=500,
                  warmup_iters=500, learning_rate=6e-4, min_lr=6e-5, eval_interval=500),
     # the paper's shape; it does not give the width of its MLP
-    '800m': dict(n_layer=8, n_head=8, n_embd=2048, n_ff=8192, rank=128, block_size=131072,
+    '800m': dict(n_layer=8, n_head=8, n_embd=2048, n_ff=8192, latent_dim=128, block_size=131072,
                  batch_size=1, max_iters=10000, warm_start=500, warmup_iters=500,
                  learning_rate=3e-4, min_lr=3e-5, weight_decay=0.01, eval_interval=500),
 }
 
 METHODS = {
     'ours': {},
-    'paper': dict(basis='rotated', joint_kv=False, exact_local=False, generator='frobenius',
-                  n_generators=1, theta_clip=0.5, wire_dtype='compute', compress_last=False,
-                  warm_send='full', warm_basis='weights', basis_lr=1.0, sync_every=200),
+    'paper': dict(theta='chunk', n_generators=1, subspace='frozen', guess_dim=0, joint_kv=False,
+                  exact_local=False, generator_norm='frobenius', theta_clip=0.5,
+                  wire_dtype='compute', compress_last=False, warm_send='full',
+                  warm_basis='weights', codec_lr=1.0),
 }
 
 CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS),
@@ -118,104 +120,111 @@ CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS),
 AT_LEAST_1 = ('log_interval', 'eval_interval', 'eval_iters', 'batch_size',
               'gradient_accumulation_steps', 'sync_every', 'timeout_s')  # others: at least 0
 
+DEFAULTS = {f.name: f.default for config in (RunConfig, GPTConfig) for f in fields(config)}
 MODEL_FLAGS = [f.name for f in fields(GPTConfig)]
 # never taken from the checkpoint: given or default, they are this run's own
 HERE_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'recompute',
               'timeout_s', 'link_mbps', 'latency_ms')
 
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, datasheets, for the MFU
-STATE = ('iter_num', 'best_val_loss', 'seconds')  # of a checkpoint, beside model and optimizer
+STATE = {'iter_num': 0, 'best_val_loss': math.inf, 'seconds': 0.0}  # of a run, and at its start
+YES_NO = {'true': True, '1': True, 'false': False, '0': False}
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run stops
+GPT2_VOCABULARY = 50304  # rounded up to a multiple of 64
 
 
 def fail(message):
-    """End the run with one sentence, said once a machine, as its ranks find the same fault."""
-    if int(os.environ.get('LOCAL_RANK', 0)) > 0:
-        time.sleep(2)  # torchrun stops all ranks as soon as one exits: let the first speak
-        sys.exit(1)
-    sys.exit(f'train.py: {message}')
-
-
-def parse_bool(text):
-    if text.lower() not in ('true', 'false', '1', '0'):
-        raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
-    return text.lower() in ('true', '1')
+    """
+    End the run with one sentence. Mostly all ranks find the same fault, and torchrun stops them as
+    soon as one exits: a machine's first speaks first, and who is then alive has a fault of its own.
+    """
+    if (local_rank := int(os.environ.get('LOCAL_RANK', 0))) > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)
+    sys.exit('train.py: ' + f'rank {os.environ.get("RANK")}: ' * (local_rank > 0) + str(message))
 
 
 def parse_flags(argv):
-    """--key=value or --key value -> (what was given, all defaults), dicts. Unknown ones exit."""
-    parser = argparse.ArgumentParser(
-        prog='train.py', usage='train.py [--flag=value ...]', allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, description=__doc__.strip().split('\n')[0])
-    parser.error, defaults = fail, {}
+    """--key=value or --key value -> what was given, a dict. Exits if that is no flag."""
+    parser = argparse.ArgumentParser(prog='train.py', usage='train.py [--flag=value ...]',
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = fail
     for config in (RunConfig, GPTConfig):
-        group = parser.add_argument_group(config.__doc__.split('.')[0])
-        source = inspect.getsource(config)
-        meaning = dict(re.findall(r'^    (\w+): .*?  # (.*)$', source, re.MULTILINE))
-        for f in fields(config):
-            boolean = dict(type=parse_bool, nargs='?', const=True, metavar='BOOL')
-            value = dict(type=f.type, choices=CHOICES.get(f.name), metavar=f.type.__name__.upper())
-            group.add_argument('--' + f.name, **(boolean if f.type is bool else value),
-                               help=f'{meaning[f.name]} [{f.default}]'.replace('%', '%%'))
-            defaults[f.name] = f.default
+        group, source = parser.add_argument_group(config.__name__), inspect.getsource(config)
+        for name, meaning in re.findall(r'^    (\w+): .*?  # (.*)$', source, re.MULTILINE):
+            kind = config.__annotations__[name]
+            how = dict(type=kind, choices=CHOICES.get(name)) if kind is not bool else dict(
+                type=lambda text: YES_NO.get(text.lower(), text), choices=YES_NO.values(),
+                nargs='?', const=True)
+            group.add_argument('--' + name, metavar=kind.__name__.upper(), **how,
+                               help=f'{meaning} [{DEFAULTS[name]}]'.replace('%', '%%'))
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split('=')[0]
-        near = difflib.get_close_matches(key.lstrip('-'), defaults, n=1, cutoff=0)
-        fail(f'unknown argument {key}; the nearest flag is --{near[0]}')
-    return vars(given), defaults
+        near = difflib.get_close_matches(key.lstrip('-'), DEFAULTS, n=1, cutoff=0)[0]
+        fail(f'unknown argument {key}' + (f'; the nearest flag is --{near}' if key.startswith('-')
+                                          else ': flags only, --key=value'))
+    return vars(given)
 
 
 def parse_config(argv):
     """
     -> (the configuration, a Namespace; the checkpoint to resume from, or None). Flags given win
-    over the checkpoint's configuration, that over --method, that over --preset. Raises ValueError.
+    over --method, that over --preset; for a checkpoint see `resumed`. Raises ValueError.
     """
-    given, defaults = parse_flags(argv)
-    method, checkpoint = given.get('method', 'ours'), None
-    config = {**defaults, **PRESETS[given.get('preset', 'tiny')], **METHODS[method], **given}
-    if method == 'paper' and 'rank' not in given:
-        config['rank'] = paper_rank(config)
-    path = Path(config['out_dir']) / 'ckpt.pt'
+    given, checkpoint = parse_flags(argv), None
+    config = {**DEFAULTS, **PRESETS[given.get('preset', 'tiny')],
+              **METHODS[given.get('method', 'ours')], **given}
+    if config['method'] == 'paper' and 'latent_dim' not in given:
+        config['latent_dim'] = paper_latent_dim(config)
+    for name in ('out_dir', 'data', 'val_data'):
+        config[name] = os.path.expanduser(config[name])
+    path = Path(config['out_dir'], 'ckpt.pt')
     if config['init_from'] == 'resume' or config['init_from'] == 'auto' and path.exists():
         checkpoint = load_checkpoint(path)
-        saved = checkpoint['config']
-        if odd := set(saved) ^ set(config):
-            raise ValueError(f'{path} is of another version of this code, which differs in '
-                             f'--{min(odd)}: change --init_from or --out_dir')
-        for name in (*MODEL_FLAGS, 'preset', 'method'):
-            if name not in HERE_FLAGS and given.get(name, saved[name]) != saved[name]:
-                raise ValueError(f'--{name}={given[name]} differs from the checkpoint, which has '
-                                 f'{saved[name]}')
-        config = {**config, **{k: v for k, v in saved.items() if k not in HERE_FLAGS}, **given}
-        n, over, now = checkpoint['iter_num'], saved['warm_start'], config['warm_start']
-        check(not now < n < over, f"warm_start ({now}) must be at least the checkpoint's iteration "
-              f'({n}), whose warm start (of {over}) is not over', 'warm_start')
+        config = resumed(config, given, checkpoint, path)
     c = argparse.Namespace(**config)
     check_values(c)
     return c, checkpoint
 
 
-def paper_rank(config):
+def resumed(config, given, checkpoint, path):
+    """The checkpoint's configuration, but what is given, and HERE_FLAGS. Raises ValueError."""
+    saved, n = checkpoint['config'], checkpoint['iter_num']
+    if odd := set(saved) ^ set(config):
+        raise ValueError(f'{path} is of another version of this code, which differs in '
+                         f'--{min(odd)}: change --init_from or --out_dir')
+    for name in {*MODEL_FLAGS, 'preset', 'method'} - set(HERE_FLAGS):
+        if given.get(name, saved[name]) != saved[name]:
+            raise ValueError(f'--{name}={given[name]} differs from the checkpoint, which has '
+                             f'{saved[name]}')
+    given = {name: config[name] for name in (*given, *HERE_FLAGS)}
+    over, now = saved['warm_start'], given.get('warm_start', saved['warm_start'])
+    check(not now < n < over, f"warm_start ({now}) must be at least the checkpoint's iteration "
+          f'({n}), whose warm start (of {over}) is not over', 'warm_start')
+    return {**saved, **given}
+
+
+def paper_latent_dim(config):
     """The paper's 2 % of the keys' width and 5 % of the values'; 143 at width 2048."""
     n_kv_head = config['n_kv_head'] or config['n_head']
     return max(2, round(0.07 * config['n_embd'] * n_kv_head / config['n_head']))
 
 
 def model_config(c):
-    vocab_size = c.vocab_size or (50304 if c.data.endswith('.bin') else 256)
+    vocab_size = c.vocab_size or (GPT2_VOCABULARY if c.data.endswith('.bin') else 256)
     if c.data == 'needle':
         vocab_size = c.block_size // 2 * (N_VALUES + 1)
     sizes = {name: getattr(c, name) for name in MODEL_FLAGS}
-    return GPTConfig(**{**sizes, 'vocab_size': vocab_size})
+    return GPTConfig(**sizes | {'vocab_size': vocab_size})
 
 
 def check_values(c):
     """Raises ValueError on impossible values, before any data is read."""
     for f in fields(RunConfig):
         lowest, value = int(f.name in AT_LEAST_1), getattr(c, f.name)
-        check(f.type is str or value >= lowest, f'{f.name} ({value}) must be at least {lowest}',
-              f.name)
+        check(f.type is str or lowest <= value < 2**63,
+              f'{f.name} ({value}) must be at least {lowest} and below 2^63', f.name)
     model_config(c)
     check(c.beta1 < 1 and c.beta2 < 1, f'beta1 ({c.beta1}) and beta2 ({c.beta2}) must be below 1',
           'beta1', 'beta2')
@@ -228,6 +237,13 @@ def check_values(c):
           f'must be below max_iters ({c.max_iters}), or it never ends', 'warm_start', 'max_iters')
     check(not c.unplug_at or c.warm_start < c.unplug_at < c.max_iters, f'unplug_at ({c.unplug_at}) '
           f'must be between warm_start ({c.warm_start}) and max_iters ({c.max_iters})', 'unplug_at')
+
+
+def check_chunks(c, cp):
+    """Raises ValueError unless a ring of cp ranks can share the chunks out."""
+    flag = 'rehearse' if c.rehearse else 'cp'
+    check(cp == 1 or c.n_chunks % (2 * cp) == 0,
+          f'n_chunks ({c.n_chunks}) must be a multiple of 2 * {flag} ({2 * cp})', 'n_chunks', flag)
 
 
 # -----------------------------------------------------------------------------
@@ -245,43 +261,64 @@ def stdlib_source():
     return [[np.frombuffer(part, dtype=np.uint8)] for part in parts]
 
 
+# a header of 256 int32 begins with one of these, a version and the number of tokens: shards of
+# modded-nanogpt and llm.c, of GPT-2's and Llama 3's tokens
+HEADERS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
+
+
 def read_tokens(path):
     """
-    One file as an array of tokens: .bin with the header of the modded-nanogpt shards (256 int32:
-    magic 20240520, version 1, number of tokens) or without (nanoGPT), both uint16; anything else as
-    bytes. Raises ValueError if a .bin is not what its size or header says.
+    One file as an array of tokens: .bin with a header or without (nanoGPT: uint16), anything else
+    as bytes. Raises ValueError if a .bin is not what its size or header says.
     """
-    path, size = Path(path), os.path.getsize(path)
-    check(size, f'{path} is empty', 'data', 'val_data')
-    if path.suffix != '.bin':
+    size = os.path.getsize(path)
+    if not path.endswith('.bin'):
         return np.memmap(path, dtype=np.uint8, mode='r')
     if size % 2:
         raise ValueError(f'{path} has an odd number of bytes ({size}): it holds no uint16 tokens')
     header = np.fromfile(path, dtype=np.int32, count=3).tolist()
-    if len(header) < 3 or header[0] != 20240520:
-        return np.memmap(path, dtype=np.uint16, mode='r')
-    if header[1] != 1 or header[2] < 1 or size != 1024 + 2 * header[2]:
-        raise ValueError(f'{path} has header version {header[1]} and {header[2]} tokens, but must '
-                         f'have 1 and, by its size, {max(0, size - 1024) // 2} tokens')
-    return np.memmap(path, dtype=np.uint16, mode='r', offset=1024)
+    if len(header) == 3 and header[0] in HEADERS:
+        version, dtype = HEADERS[header[0]]
+        n_tokens = max(0, size - 1024) // dtype().itemsize
+        if header[1:] != [version, n_tokens] or not n_tokens:
+            raise ValueError(f'{path} has header version {header[1]} and {header[2]} tokens, but '
+                             f'must have {version} and, by its size, {n_tokens} tokens')
+        return np.memmap(path, dtype=dtype, mode='r', offset=1024)
+    tokens = np.memmap(path, dtype=np.uint16, mode='r')
+    low, high = (tokens[i:200_000:2].max(initial=0) for i in (0, 1))
+    if size % 4 == 0 and high < min(low, 16):
+        raise ValueError(f'{path} seems to hold uint32 tokens (every second uint16 is below 16): '
+                         "save them as uint16, or with llm.c's header")
+    return tokens
 
 
-def load_data(data, val_data, block_size):
+def read_all(pattern):
+    """A file, or all files that match a glob (** is any depth), but empty ones."""
+    paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    check(paths, f'no file matches {pattern!r}', 'data', 'val_data')
+    paths = [p for p in paths if os.path.getsize(p) and (os.path.isfile(p) or p == pattern)]
+    check(paths, f'{pattern} is empty', 'data', 'val_data')
+    needed, (soft, hard) = len(paths) + 500, resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed <= hard:  # every mapped file holds a descriptor
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    shards = [read_tokens(p) for p in paths]
+    for path, shard in zip(paths, shards):
+        check(shard.dtype == shards[0].dtype, f'{paths[0]} holds {shards[0].dtype} tokens, and '
+              f'{path} {shard.dtype}', 'data', 'val_data')
+    return shards
+
+
+def load_data(c):
     """--data and --val_data -> (training shards, validation shards). Raises ValueError."""
-    def read_all(pattern):
-        pattern = os.path.expanduser(pattern)
-        paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        check(paths, f'no file matches {pattern!r}', 'data', 'val_data')
-        return [read_tokens(p) for p in paths]
-    train, val = stdlib_source() if data == 'stdlib' else (read_all(data), None)
-    if val_data:
-        val = read_all(val_data)
+    train, val = stdlib_source() if c.data == 'stdlib' else (read_all(c.data), None)
+    if c.val_data:
+        val = read_all(c.val_data)
     elif val is None:
         train, val = [s[:len(s) * 9 // 10] for s in train], [s[len(s) * 9 // 10:] for s in train]
     for what, shards in (('training', train), ('validation', val)):
         longest = max(map(len, shards))
-        check(block_size < longest, f'block_size ({block_size}) must be below the length of the '
-              f'{what} data ({longest} tokens in the longest part)', 'block_size', 'data')
+        check(c.block_size < longest, f'block_size ({c.block_size}) must be below the length of '
+              f'the {what} data ({longest} tokens in the longest part)', 'block_size', 'data')
     return train, val
 
 
@@ -294,16 +331,16 @@ def fingerprint(shards):
     return crc
 
 
-def get_batch(shards, batch_size, block_size, vocab_size, rng):
+def get_batch(c, shards, vocab_size, rng):
     """
     Random windows, uniform over all starting points -> idx, targets (batch_size, block_size) int64.
     Raises ValueError if they have a token outside the vocabulary.
     """
-    before = np.cumsum([0, *(max(0, len(s) - block_size) for s in shards)])  # starting points
+    before = np.cumsum([0, *(max(0, len(s) - c.block_size) for s in shards)])  # starting points
     rows = []
-    for position in rng.integers(before[-1], size=batch_size):
-        shard = np.searchsorted(before, position, side='right') - 1
-        rows.append(shards[shard][position - before[shard]:][:block_size + 1].astype(np.int64))
+    for position in rng.integers(before[-1], size=c.batch_size):
+        i = np.searchsorted(before, position, side='right') - 1
+        rows.append(shards[i][position - before[i]:][:c.block_size + 1].astype(np.int64))
     rows = torch.from_numpy(np.stack(rows))
     check(rows.max() < vocab_size,
           f'the data has token {rows.max()}, outside vocab_size ({vocab_size})', 'vocab_size')
@@ -313,19 +350,18 @@ def get_batch(shards, batch_size, block_size, vocab_size, rng):
 N_VALUES = 8  # of a needle: chance is a loss of log(8) = 2.08
 
 
-def needle_batch(batch_size, block_size, n_chunks, rng):
+def needle_batch(c, rng):
     """
-    --data=needle: how far back can the model look things up? -> idx, targets
-    (batch_size, block_size) int64.
+    --data=needle -> idx, targets (batch_size, block_size) int64.
 
     The first half of a sequence states facts, each a token of its own that says key and value; no
     key comes twice. The second half asks for each key once, and the target is its value; there are
-    no other targets. A chunk of the second half asks, in another order, for what one chunk of the
-    first half states; with two ranks or more that lies on another rank, and from its own chunk
-    there is nothing to be learned.
+    no other targets. A chunk of the second half asks for what one chunk of the first half states;
+    with two ranks or more that lies on another one.
     """
-    n_keys, shape = block_size // 2, (batch_size, n_chunks // 2, block_size // n_chunks)
-    keys = rng.permuted(np.broadcast_to(np.arange(n_keys), (batch_size, n_keys)), axis=1)
+    B, n_keys, n_chunks = c.batch_size, c.block_size // 2, c.n_chunks
+    shape = B, n_chunks // 2, c.block_size // n_chunks
+    keys = rng.permuted(np.broadcast_to(np.arange(n_keys), (B, n_keys)), axis=1)
     keys, values = keys.reshape(shape), rng.integers(N_VALUES, size=shape)
     order = rng.permuted(np.broadcast_to(np.arange(shape[2]), shape), axis=2)
     # zigzag puts chunk i and its mirror image on one rank: ask a quarter of the sequence further on
@@ -333,29 +369,28 @@ def needle_batch(batch_size, block_size, n_chunks, rng):
                       for t in (keys, values))
     x = np.concatenate((keys * N_VALUES + values, n_keys * N_VALUES + asked), axis=1)
     y = np.concatenate((np.full(shape, -1), answers), axis=1)
-    return tuple(torch.from_numpy(t.reshape(batch_size, block_size)) for t in (x, y))
+    return tuple(torch.from_numpy(t.reshape(B, -1)) for t in (x, y))
 
 
 class Batches:
-    """This rank's part of every batch. A batch is a function of numbers: nothing to restore."""
+    """Whole sequences, the same for all ranks of a ring. A batch is a function of numbers."""
 
-    def __init__(self, c, world, vocab_size, train, val):
-        self.c, self.world, self.vocab_size, self.train, self.val = c, world, vocab_size, train, val
+    def __init__(self, c, world):
+        """Raises ValueError or OSError if there is something wrong with the data."""
+        self.c, self.world, self.vocab_size = c, world, model_config(c).vocab_size
+        self.train, self.val = ([], []) if c.data == 'needle' else load_data(c)
+        self.per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size  # tokens
 
     def get(self, shards, *seed):
-        """-> idx, targets (B, T), and over a ring the number of targets in whole sequences."""
-        c, ring, device = self.c, self.world.ring, self.world.device
-        rng = np.random.default_rng(seed)
+        """-> idx, targets (batch_size, block_size)"""
+        c, rng = self.c, np.random.default_rng(seed)
         try:
-            x, y = (get_batch(shards, c.batch_size, c.block_size, self.vocab_size, rng) if shards
-                    else needle_batch(c.batch_size, c.block_size, c.n_chunks, rng))
+            batch = get_batch(c, shards, self.vocab_size, rng) if shards else needle_batch(c, rng)
         except ValueError as e:  # perhaps of this rank alone
-            sys.exit(f'train.py: rank {self.world.rank}: {e}')
-        n_targets = (int((y != -1).sum()),) if ring.world_size > 1 else ()
-        x, y = (ring.shard(t, c.block_size // c.n_chunks) for t in (x, y))
-        if device.type == 'cuda':
-            x, y = (t.pin_memory().to(device, non_blocking=True) for t in (x, y))
-        return x, y, *n_targets
+            fail(e)
+        if self.world.device.type == 'cuda':
+            return [t.pin_memory().to(self.world.device, non_blocking=True) for t in batch]
+        return batch
 
     def training(self, iter_num, micro):
         world = self.world
@@ -382,7 +417,8 @@ class Estimate:
             model = GPT(config)
             shape = 1, config.block_size // P, 2, config.n_kv_head, config.head_dim
             kv = torch.empty(*shape, dtype=dtype)
-            layers = [b.attn.codec.wire_bytes(kv) for b in model.h if b.attn.codec]
+            layers = [b.attn.codec.wire_bytes(kv, model.wte.weight) for b in model.h
+                      if b.attn.codec]
         self.fwd, self.bwd = (sum(n) * (P - 1) / config.block_size for n in zip((0, 0), *layers))
         self.P, self.hides = P, not ulysses
         if ulysses:  # queries, keys, values and outputs change hands, and so do their gradients
@@ -394,10 +430,10 @@ class Estimate:
         whole = model.flops_per_token() / P / c.tflops / 1e12
         self.attention_s = (whole - self.rest_s) / c.block_size  # for each token of context
 
-    def seconds(self, n, mbps):
+    def seconds(self, n, mbps=math.inf):
         """
         Of a sequence of n tokens, without the sync. A layer's exchange can hide under its attention
-        alone, of which two sevenths are forward (4 of 14 T^2 H hd), and under all but one block of
+        alone, of which two sevenths are forward (4 of 14 T^2 H hd), and under all but one shard of
         that: the last to arrive, or the first to have a gradient. Ulysses' attention waits.
         """
         seconds = self.rest_s
@@ -406,58 +442,51 @@ class Estimate:
             seconds += max(attention, wire + attention / self.P) if self.hides else attention + wire
         return n * seconds
 
-    def speed(self, n, mbps):
-        """As a share of the speed without a slow link. It grows with n."""
-        return self.seconds(n, math.inf) / self.seconds(n, mbps)
-
     def hidden_from(self, mbps):
-        """The context from which the speed is ENOUGH."""
-        return bisect.bisect_left(range(1, 10**9), ENOUGH, key=lambda n: self.speed(n, mbps)) + 1
+        """The context, in tokens, from which a link of mbps leaves ENOUGH of the speed."""
+        return 1 + bisect.bisect_left(range(1, 10**9), ENOUGH, key=lambda n: (
+            self.seconds(n) / self.seconds(n, mbps)))
 
 
 def plan(c):
     """
-    What one rank of a ring receives in an iteration, how long that takes and which speed it allows,
-    for what a user would choose between. All computed. Raises ValueError.
+    What a rank of a ring receives in an iteration and how fast that allows it to be, for what a
+    user would choose between. Raises ValueError.
     """
-    P, n, links = c.rehearse or c.cp or 8, c.block_size, {'300 Mbit/s': 300, '1 Gbit/s': 1000}
+    P, n, n_sequences = c.rehearse or c.cp or 8, c.block_size, (
+        c.batch_size * c.gradient_accumulation_steps)
     check(P > 1, f'--plan needs cp ({P}) of at least 2: one rank sends nothing', 'cp')
     check(c.tflops > 0, f'--plan needs tflops ({c.tflops:g}) above 0', 'tflops')
-    zigzag(c.n_chunks, P, 0)
+    check_chunks(c, P)
     full = dict(send='full', wire_dtype='compute', grad_wire_dtype='same', compress_last=True)
     quarter, n_kv_head = c.n_head // 4 if c.n_head % 4 == 0 else 1, c.n_kv_head or c.n_head
-    rows = {'`--send=full`': full}
+    rows = {'--send=full': full}
     if c.n_head % P == n_kv_head % P == 0:  # each rank has some of the heads
         rows['Ulysses'] = dict(full, ulysses=True)
     if quarter < n_kv_head:
-        rows[f'`--send=full --n_kv_head={quarter}`'] = dict(full, n_kv_head=quarter)
-    rows['`--send=topk`'] = dict(full, send='topk')
-    rows['`--send=full --wire_dtype=int4`'] = dict(full, wire_dtype='int4')
+        rows[f'--send=full --n_kv_head={quarter}'] = dict(full, n_kv_head=quarter)
+    rows['--send=topk'] = dict(full, send='topk')
+    rows['--send=full --wire_dtype=int4'] = dict(full, wire_dtype='int4')
     if c.n_layer > 1:  # the paper leaves out the last layer
-        rows['`--method=paper`'] = dict(full, **METHODS['paper'], send='subspace',
-                                        rank=paper_rank(vars(c)), rank_k=0)
-    rows['**this configuration**'] = {}
-    n_sequences, lines = c.batch_size * c.gradient_accumulation_steps, []
-    for name, options in rows.items():
-        e = Estimate(c, P, **options)
-        ring = n_sequences * n * (e.fwd + e.bwd)
-        cells = [f'{ring / 1e6:,.1f}', f'{e.sync / 1e6:,.1f}']
-        for mbps in links.values():
-            speed = n_sequences * n / (n_sequences * e.seconds(n, mbps) + e.sync * 8e-6 / mbps)
-            cells.append(f'{ring * 8e-6 / mbps:,.2f} + {e.sync * 8e-6 / mbps:,.2f} s')
-            cells += [f'{speed:,.0f}', f'{e.hidden_from(mbps) / 1000:,.0f}K']
-        lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
-    about = (
-        f'{P} ranks, {n_sequences * n:,} tokens an iteration, {c.tflops:g} TFLOP/s a rank '
-        f'(--tflops; 370: an H100): {n_sequences * e.seconds(n, math.inf):.3g} s of compute; bf16 '
-        'unless --dtype says otherwise. All computed, latency not counted. MB that a rank receives '
-        'in an iteration over the ring, and in the sync of weights or gradients; the seconds of '
-        "both; tokens/s, if a layer's exchange hides under its attention and the sync under "
-        f'nothing; the context from which the ring alone has {ENOUGH:.0%} of its speed without a '
-        'slow link.')
-    heads = ' | '.join(f'{link} | tokens/s | {ENOUGH:.0%} from' for link in links)
-    return '\n'.join((textwrap.fill(about, 100), '', f'| | ring, MB | sync, MB | {heads} |',
-                      '|---' + '|---:' * 8 + '|', *lines))
+        rows['--method=paper'] = {**full, **METHODS['paper'], 'send': 'mixture', 'latent_dim_k': 0,
+                                  'latent_dim': paper_latent_dim(vars(c))}
+    rows['this configuration'] = {}
+    said = textwrap.fill(
+        f'{P} ranks of {c.tflops:g} TFLOP/s (--tflops; 370: an H100), {n_sequences * n:,} tokens '
+        'an iteration, bf16 unless --dtype says otherwise. Computed: MB and seconds that the ring '
+        'and the sync of weights or gradients cost a rank in an iteration; tokens/s, if a '
+        "layer's exchange hides under its attention and the sync under nothing; the context from "
+        f'which the ring alone has {ENOUGH:.0%} of its speed without a slow link.', 100)
+    for mbps in [c.link_mbps] if c.link_mbps else [300, 1000]:
+        said += (f'\n\n{f"at {mbps:g} Mbit/s":<32}{"ring, MB":>13}{"sync, MB":>10}{"ring, s":>11}'
+                 f'{"sync, s":>9}{"tokens/s":>12}{"from":>10}')
+        for name, options in rows.items():
+            e = Estimate(c, P, **options)
+            ring, slow = n_sequences * n * (e.fwd + e.bwd), 8e-6 / mbps
+            speed = n_sequences * n / (n_sequences * e.seconds(n, mbps) + e.sync * slow)
+            said += (f'\n{name:<32}{ring / 1e6:>13,.1f}{e.sync / 1e6:>10,.1f}{ring * slow:>11,.2f}'
+                     f'{e.sync * slow:>9,.2f}{speed:>12,.0f}{e.hidden_from(mbps) / 1e3:>9,.0f}K')
+    return said
 
 
 # -----------------------------------------------------------------------------
@@ -473,50 +502,52 @@ def address_of(name):
 class World:
     """
     This process among world_size = dp x cp ranks, of which n_processes are real (in a rehearsal
-    one). The ranks of a ring are neighbours and see the same sequences. Until `join` nothing is
-    sent.
+    one). The ranks of a ring are neighbours and see the same sequences.
     """
 
     def __init__(self, c):
-        self.rank = int(os.environ.get('RANK', 0))
-        self.n_processes = int(os.environ.get('WORLD_SIZE', 1))
+        env, n = os.environ, c.gradient_accumulation_steps
+        self.rank, self.n_processes = int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1))
+        for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') * (self.n_processes > 1):
+            if name not in env:
+                raise ValueError(f'WORLD_SIZE is {self.n_processes} and {name} is not set: '
+                                 'torchrun sets both')
         check(not c.rehearse or self.n_processes == 1, f'rehearse ({c.rehearse}) is for one '
               f'process, and there are {self.n_processes}', 'rehearse', 'nproc_per_node')
         self.world_size = c.rehearse or self.n_processes
-        self.n_local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        self.n_local = int(env.get('LOCAL_WORLD_SIZE', 1))
         self.master, self.cp = self.rank == 0, c.rehearse or c.cp or self.world_size
         check(self.world_size % self.cp == 0, f'world size ({self.world_size}) must be a multiple '
               f'of cp ({self.cp})', 'cp', 'nproc_per_node')
+        check_chunks(c, self.cp)
         self.dp, self.dp_rank = self.world_size // self.cp, self.rank // self.cp
-        n = c.gradient_accumulation_steps
         check(n % self.dp == 0, f'gradient_accumulation_steps ({n}) must be a multiple of dp, '
               f'world size / cp ({self.dp})', 'gradient_accumulation_steps', 'cp')
-        zigzag(c.n_chunks, self.cp, 0)
-        self.device = self.pick_device(c.device)
+        self.n_micro, self.device = n // self.dp, self.pick_device(c.device)
         default = 'bfloat16' if self.device.type == 'cuda' else 'float32'
         self.dtype = getattr(torch, default if c.dtype == 'auto' else c.dtype)
         # no cache: a weight is used once in a forward pass, and a CUDA graph must not find one
         self.autocast = nullcontext() if self.dtype != torch.bfloat16 else torch.autocast(
             self.device.type, self.dtype, cache_enabled=False)
-        # a graph writes gradients where the last ones are: they cannot be accumulated
-        self.can_graph = self.device.type == 'cuda' and (
-            self.world_size == c.gradient_accumulation_steps == 1)
         link, self.store = Link(c.link_mbps, c.latency_ms), None
+        self.can_graph = self.device.type == 'cuda' and not link.dialled  # that waits on the host
         self.ring = Rehearsal(self.cp, link) if c.rehearse else Ring(link=link)
+        self.width, self.terminated, self.stopping = len(str(c.max_iters)), False, False
 
     def say(self, text):
-        if self.master:
-            tqdm.write(text)
-            sys.stdout.flush()
+        if self.master and text:
+            print(text, flush=True)
+
+    def tell(self, iter_num, text):
+        self.say(f'iter {iter_num:>{self.width}}: {text}')
 
     def pick_device(self, wanted):
         n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         said = f'{self.n_local} processes on this machine, {n_gpus} GPUs'
         check(wanted != 'cuda' or n_gpus >= self.n_local, f'--device=cuda needs a GPU per process '
               f'({said})', 'device', 'nproc_per_node')
-        if 0 < n_gpus < self.n_local and wanted == 'auto':
-            self.say(f'running on CPU: {said}')
         if n_gpus < self.n_local or wanted == 'cpu':
+            self.say(f'running on CPU: {said}' * (n_gpus > 0 and wanted == 'auto'))
             return torch.device('cpu')
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)
@@ -530,7 +561,7 @@ class World:
         if self.n_processes == 1:
             return
         cuda, several_machines = self.device.type == 'cuda', self.n_local < self.world_size
-        first, own = os.environ.get('MASTER_ADDR', ''), socket.gethostname()
+        first, own = os.environ['MASTER_ADDR'], socket.gethostname()
         if several_machines and not cuda and 'GLOO_SOCKET_IFNAME' not in os.environ and (
                 address_of(own).startswith('127.') and not address_of(first).startswith('127.')):
             raise ValueError(
@@ -552,13 +583,24 @@ class World:
             raise ValueError(
                 f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): '
                 f'has one stopped? Is {first} the first machine, its port open, and the network '
-                'interface to use named in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME?') from e
-        for other, theirs in enumerate(everyone):
-            for name, value in theirs.items():
-                if value != everyone[0][name]:
-                    raise ValueError(f'rank {other} has {name} {value}, and rank 0 has '
-                                     f'{everyone[0][name]}: they must be the same')
+                'interface named in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME?') from e
+        for other, name in ((i, k) for i, theirs in enumerate(everyone) for k in theirs):
+            if everyone[other][name] != everyone[0][name]:
+                raise ValueError(f'rank {other} has {name} {everyone[other][name]}, and rank 0 has '
+                                 f'{everyone[0][name]}: they must be the same')
         self.ring = Ring(group, self.ring.link)
+
+    def average(self, tensors):
+        """`ring.average`; and if one of the processes was terminated, all learn it together."""
+        told = tensors[0].new_full((1,), self.terminated)
+        average([*tensors, told], self.ring)
+        self.stopping = told.item() > 0
+
+    def broadcast(self, tensors, what):
+        """Rank 0's for all, as machines may differ in the last digit. Neither counted nor slow."""
+        for tensor in tensors if self.n_processes > 1 else ():
+            with waiting('rank 0', what):
+                dist.broadcast(tensor.detach(), 0)
 
 
 # -----------------------------------------------------------------------------
@@ -576,10 +618,10 @@ def learning_rate(it, c):
 
 
 def sends_at(it, c):
-    """What GPT.set_send is told in iteration `it`: warm start, the codec, unplugged."""
+    """What the model sends in iteration `it`: warm start, the codec, unplugged."""
     if it < c.warm_start:
         return c.warm_send
-    return 'full' if c.unplug_at and it >= c.unplug_at else ''
+    return 'full' if c.unplug_at and it >= c.unplug_at else 'codec'
 
 
 def load_checkpoint(path):
@@ -627,7 +669,12 @@ def build(c, world, checkpoint):
     dtype = torch.float64 if world.dtype == torch.float64 else torch.float32
     model = GPT(model_config(c), world.ring).to(world.device, dtype)
     optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2),
-                                           world.device.type, c.basis_lr)
+                                           world.device.type, c.codec_lr)
+    for group in optimizer.param_groups:  # from the start, as ranks may leave out different steps
+        for p in group['params']:
+            step = torch.zeros((), device=world.device if group['fused'] else 'cpu')
+            optimizer.state[p] = {'step': step, **{
+                name: torch.zeros_like(p) for name in ('exp_avg', 'exp_avg_sq')}}
     if checkpoint:
         try:
             model.load_state_dict(checkpoint['model'])
@@ -636,99 +683,106 @@ def build(c, world, checkpoint):
             raise ValueError(
                 f'{Path(c.out_dir) / "ckpt.pt"} does not fit the model that its own flags describe '
                 f'({str(e).split(":")[0]}): change --init_from or --out_dir') from e
-    if world.n_processes > 1:  # before the run proper: neither counted nor delayed
-        with waiting('rank 0', 'the broadcast of the weights'):
-            for tensor in model.state_dict().values():
-                dist.broadcast(tensor, 0)
+    state = model.state_dict().values()
+    world.broadcast([t for t in state if isinstance(t, torch.Tensor)], 'the first weights')
     return model, optimizer
 
 
 @torch.no_grad()
-def validate(model, batches, world):
-    """
-    -> mean loss over fixed batches; that of each chunk of the sequence (None: no targets); share of
-    targets that are the likeliest token (0 with recompute: no logits). Every rank takes part, a
-    ring cannot have idle members.
-    """
-    n_chunks = model.config.n_chunks
-    sums = torch.zeros(3, n_chunks, dtype=torch.float64, device=world.device)
-    mine = zigzag(n_chunks, world.cp, world.ring.rank)
-    for x, y, *_ in batches.validation():
-        with world.autocast:
-            logits, losses = model.losses(model.hidden(x), y)  # losses: (B, T / cp)
-        right = torch.zeros_like(y) if logits is None else logits.argmax(-1) == y
-        each = torch.stack((losses.double(), y != -1, right))
-        sums[:, mine] += each.unflatten(2, (len(mine), -1)).sum(dim=(1, 3))
-    total, count, n_right = world.ring.all_reduce(sums, 'validation').sum(dim=1).tolist()
-    by_chunk = [loss / n if n else None for loss, n, _ in sums.T.tolist()]
-    return total / count, by_chunk, n_right / count
-
-
-@torch.no_grad()
-def start_bases(c, model, batches, world, iter_num):
-    """
-    The end of the warm start: every basis begins in principal directions, of the weights or of this
-    iteration's keys and values.
-    """
+def start_codecs(c, model, batches, world, iter_num):
+    """The end of the warm start: codecs begin in principal directions, see --warm_basis."""
+    model.set_send(c.warm_send)  # of the keys and values of such a model
     inputs = [None]  # the weights
     if c.warm_basis == 'activations':
-        n = c.gradient_accumulation_steps // world.dp
-        inputs = (batches.training(iter_num, micro)[0] for micro in range(n))
+        inputs = (batches.training(iter_num, micro)[0] for micro in range(world.n_micro))
     with world.autocast:
-        moments = [model.basis_moments(x) for x in inputs]
+        moments = [model.moments(x) for x in inputs]
     moments = [sum(several) for several in zip(*moments)]
     average(moments, world.ring)
-    # rank 0's for all, as an average: machines may differ in the last digit of an eigenvector. (In
-    # a rehearsal, of one process, the average is over copies.)
-    directions = [principal_directions(m, b.U0.shape[1]).to(b.U0.dtype) * world.n_processes
-                  if world.master else torch.zeros_like(b.U0) for m, b in zip(moments, model.bases)]
-    average(directions, world.ring)
-    for basis, U0 in zip(model.bases, directions):
-        basis.start(U0)
-    width = 2 * model.config.n_kv_head * model.config.head_dim
-    world.say(f'iter {iter_num}: the codec starts, {c.rank} of {width} numbers a token and layer'
-              + ('' if c.compress_last else ' but the last'))
+    model.start_codecs(moments)
+    world.broadcast([t for codec in model.codecs for t in (*codec.parameters(), *codec.buffers())],
+                    'the first codecs')
+
+
+def change_send(c, model, batches, world, iter_num):
+    """Bring the model to what it sends from now on -> a function (idx, targets) -> loss."""
+    if iter_num == c.warm_start > 0 and model.codecs:
+        start_codecs(c, model, batches, world, iter_num)
+    model.set_send(sends_at(iter_num, c))
+    n = 2 * model.config.n_kv_head * model.config.head_dim
+    sends = c.send if model.sends == 'codec' else model.sends
+    what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed',
+            'topk': f'the codec starts, the largest {c.topk:.0%} of {n} numbers a token and layer',
+            'mixture': f'the codec starts, {c.latent_dim} of {n} numbers a token and layer'}
+    what = what.get(sends, f'the codec starts: {sends}')
+    world.tell(iter_num, what + '; compiling ...' * c.compile)
+    if c.compile and world.can_graph:
+        with world.autocast:
+            return graphed(model, *batches.training(iter_num, 0))
+    return lambda *batch: model(*batch)[1]
 
 
 def take_step(c, optimizer, params, loss_of, batches, world, iter_num):
-    """One iteration of AdamW -> loss (a tensor, of this rank), learning rate, gradient norm."""
+    """One step of AdamW -> this rank's loss, learning rate, gradient norm."""
     # for the stochastic rounding; a function of the seed too, and not the same on every rank
     seed = np.random.SeedSequence((c.seed, iter_num, world.rank)).generate_state(1)[0]
     torch.manual_seed(int(seed))
-    lr, loss, n = learning_rate(iter_num, c), 0.0, c.gradient_accumulation_steps // world.dp
+    lr, loss = learning_rate(iter_num, c), 0.0
     for group in optimizer.param_groups:
         group['lr'] = lr * group['lr_scale']
-    for micro in range(n):
+    for micro in range(world.n_micro):
         with world.autocast:
-            micro_loss = loss_of(*batches.training(iter_num, micro)) / n
+            micro_loss = loss_of(*batches.training(iter_num, micro)) / world.n_micro
         micro_loss.backward()
         loss += micro_loss.detach()
     grads = [p.grad for p in params if p.grad is not None]
     if c.sync_every == 1:
-        average(grads, world.ring)
+        world.average(grads)
     grad_norm = torch.nn.utils.get_total_norm(grads)
     if math.isfinite(grad_norm):  # else the step is left out, and the data moves on
         torch.nn.utils.clip_grads_with_norm_(params, c.grad_clip or math.inf, grad_norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, lr, grad_norm.item()
+    return loss.item(), lr, grad_norm.item()
 
 
-def save(c, model, optimizer, world, iter_num, best_val_loss, seconds):
+def save(c, model, optimizer, world, at):
     """A checkpoint of this moment: one model and one optimizer, the same on all ranks."""
     if c.sync_every > 1:  # the weights are averaged already, AdamW's moments are not
-        average([t for state in optimizer.state.values() for name, t in state.items()
-                 if name != 'step'], world.ring)
+        states = [optimizer.state[p] for g in optimizer.param_groups for p in g['params']]
+        average([s[name] for s in states for name in ('exp_avg', 'exp_avg_sq')], world.ring)
+        steps = torch.stack([s['step'] for s in states]).to(world.device)
+        world.ring.all_reduce(steps, 'the number of steps', dist.ReduceOp.MAX)
+        torch._foreach_copy_([s['step'] for s in states], list(steps))
     if world.master:
         save_checkpoint(Path(c.out_dir) / 'ckpt.pt', {
             'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
             'model_args': vars(model.config),  # GPTConfig(**model_args) is the model, as in nanoGPT
-            'iter_num': iter_num, 'best_val_loss': best_val_loss, 'seconds': seconds})
+            **vars(at)})
     if world.store:  # writing may take longer than a silent peer is waited for
         if world.master:
-            world.store.set(f'checkpoint {iter_num}', '')
+            world.store.set(f'checkpoint {at.iter_num}', '')
         with waiting('rank 0', 'saving a checkpoint'):
-            world.store.wait([f'checkpoint {iter_num}'], timedelta(minutes=10))
+            world.store.wait([f'checkpoint {at.iter_num}'], timedelta(minutes=10))
+
+
+@torch.no_grad()
+def validate(c, model, batches, world):
+    """
+    -> what the log has: the mean loss over fixed batches, and that of each chunk of the sequence
+    (None: no targets). Every rank takes part, a ring cannot have idle members.
+    """
+    ring, config = world.ring, model.config
+    sums = torch.zeros(3, c.n_chunks, dtype=torch.float64, device=world.device)
+    mine = zigzag(c.n_chunks, world.cp, ring.rank)
+    for x, y in batches.validation():
+        with world.autocast:
+            losses, right = model.evaluate(x, y)  # (B, T / cp)
+        each = torch.stack((losses.double(), ring.shard(y, config.chunk_size) != -1, right))
+        sums[:, mine] += each.unflatten(2, (len(mine), -1)).sum(dim=(1, 3))
+    total, n, n_right = ring.all_reduce(sums, 'validation').sum(dim=1).tolist()
+    return {'val_loss': total / n, 'right_answers': n_right / n,
+            'val_loss_by_chunk': [loss / n if n else None for loss, n, _ in sums.T.tolist()]}
 
 
 class Log:
@@ -737,14 +791,32 @@ class Log:
     the configuration. `records` are those of this run.
     """
 
-    def __init__(self, path, writes, keep_before):
-        """keep_before: of a log that is there, records of iterations before this one stay."""
-        self.path, self.writes, self.records = path, writes, []
-        if writes:
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line + '\n' for line in lines if self.is_before(line, keep_before)]
-            path.with_suffix('.tmp').write_text(''.join(kept))
-            os.replace(path.with_suffix('.tmp'), path)
+    def __init__(self, c, model, world, at):
+        """Of a log that is there, records of iterations before this one stay. Raises OSError."""
+        self.c, self.model, self.world, self.records, self.compression = c, model, world, [], None
+        self.since = at.iter_num, at.seconds, Counter()  # the last line
+        # what a rank receives in an iteration uncompressed: KV; KV again, and its gradient
+        n = c.n_layer * c.batch_size * world.n_micro * c.block_size * (world.cp - 1) // world.cp
+        d = model.config.n_kv_head * model.config.head_dim
+        self.n_received, self.full = n, n * 3 * 2 * d * world.dtype.itemsize
+        self.path = Path(c.out_dir, 'log.jsonl')
+        self.writes = world.master and not c.rehearse and os.access(c.out_dir, os.W_OK)
+        if self.writes:
+            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+            temporary, n = self.path.with_suffix('.tmp'), math.inf if c.eval_only else at.iter_num
+            kept = [line + b'\n' for line in lines if self.is_before(line, n)]
+            try:
+                temporary.write_bytes(
+                    b''.join(kept) + self.line({'iter': at.iter_num, 'config': vars(c)}))
+                os.replace(temporary, self.path)
+            except OSError as e:
+                temporary.unlink(missing_ok=True)
+                raise OSError(e.errno, e.strerror, self.path) from e
+
+    @staticmethod
+    def line(record):  # JSON has neither NaN nor infinity: null
+        record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+        return json.dumps(record).encode() + b'\n'
 
     @staticmethod
     def is_before(line, iter_num):
@@ -753,227 +825,240 @@ class Log:
         except (ValueError, KeyError, TypeError):  # a killed run may have left half a line
             return False
 
+    def step(self, at, losses, before, **more):
+        """Say what happened since the last line, and -> it. before: the meter before the step."""
+        c, world, ring, i = self.c, self.world, self.world.ring, at.iter_num - 1
+        total = torch.tensor([sum(losses), len(losses)], dtype=torch.float64, device=world.device)
+        total, n = ring.all_reduce(total, 'the average of losses').tolist()
+        dt = (at.seconds - self.since[1]) / (at.iter_num - self.since[0])
+        n_sequences = c.gradient_accumulation_steps * c.batch_size
+        gpu = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else ''
+        peak = world.world_size * sum(flops for name, flops in PEAK_FLOPS.items() if name in gpu)
+        loss, tokens = total / n if n else math.nan, n_sequences * c.block_size  # one batch's jumps
+        world.tell(i, f'loss {loss:.4f}, {dt * 1000:>6,.0f} ms, {tokens / dt:>9,.0f} tok/s' + (
+            f', mfu {self.model.estimate_mfu(n_sequences, dt, peak):5.1%}' if peak else ''))
+        step, sync = ring.meter - before, ring.meter - self.since[2]
+        fwd, bwd = step['received_fwd'], step['received_bwd']
+        compression = 1 - (fwd + bwd) / self.full if fwd else None
+        if compression not in (None, self.compression):  # said when it changes
+            self.compression, n = compression, self.n_received
+            world.tell(i, f'received {fwd / n:.0f} + {bwd / n:.0f} bytes a token and layer, forward'
+                       f' + backward: {compression:.1%} less than uncompressed')
+        self.since = at.iter_num, at.seconds, Counter(ring.meter)
+        return {'loss': loss, **more, 'tokens': at.iter_num * tokens,
+                'seconds': round(at.seconds, 3), 'compression': compression,
+                **{k: step[k] for k in ('sent_fwd', 'received_fwd', 'sent_bwd', 'received_bwd')},
+                **{k: sync[k] for k in ('sent_sync', 'received_sync')}}
+
     def write(self, record):
         self.records.append(record)
-        if self.writes:
-            try:
-                with open(self.path, 'a') as f:
-                    f.write(json.dumps(record) + '\n')
-            except OSError as e:  # a full disk does not end the run
-                print(f'train.py: could not write {self.path} ({e.strerror})', file=sys.stderr)
-
-
-def full_bytes(c, model, world):
-    """What a rank would receive in an iteration uncompressed: KV; KV again, and its gradient."""
-    d = model.config.n_kv_head * model.config.head_dim
-    n_sequences = c.batch_size * c.gradient_accumulation_steps // world.dp
-    n_tokens = n_sequences * c.block_size // world.cp * (world.cp - 1)
-    return 3 * 2 * d * world.dtype.itemsize * c.n_layer * n_tokens
-
-
-def wire_record(step, since_logged, full):
-    """The bytes of a log line: of this iteration, and of syncs since the last line."""
-    record = {k: step[k] for k in ('sent_fwd', 'received_fwd', 'sent_bwd', 'received_bwd')}
-    record |= {k: since_logged[k] for k in ('sent_sync', 'received_sync')}
-    received = step['received_fwd'] + step['received_bwd']
-    return {**record, 'compression': 1 - received / full if full else None}
-
-
-def log_line(record, dt, tokens_per_iter, model, world):
-    """What is said of an iteration. dt: seconds that one took since the last line."""
-    n = tokens_per_iter / world.world_size
-    fwd, bwd = record['received_fwd'] / n, record['received_bwd'] / n
-    wire = 'ring of one' if world.cp == 1 else 'nothing sent' if not fwd else (
-        f'wire {fwd:.0f} fwd + {bwd:.0f} bwd B/token, compression {record["compression"]:.1%}')
-    gpu = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else ''
-    peak = world.world_size * next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), 0)
-    n_sequences = tokens_per_iter / model.config.block_size
-    mfu = f', mfu {model.estimate_mfu(n_sequences, dt, peak):.1%}' if peak else ''
-    return (f'iter {record["iter"]}: loss {record["loss"]:.4f}, time {dt * 1000:.0f}ms, '
-            f'{tokens_per_iter / dt:,.0f} tok/s, {wire}{mfu}')
-
-
-def summarize(meter, full, world):
-    """What a run came to. full: bytes that rank 0 would have received uncompressed."""
-    if full:
-        over_ring = (meter['received_fwd'] + meter['received_bwd']) / 1e6
-        world.say(f'received by rank {world.ring.rank} over the ring: {over_ring:,.1f} MB, with '
-                  f'--send=full --warm_start=0 it would be {full / 1e6:,.1f} MB; besides, to '
-                  f'average gradients or weights: {meter["received_sync"] / 1e6:,.1f} MB')
-    if world.device.type == 'cuda':
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        world.say(f'peak memory on rank {world.ring.rank}: {peak:.2f} GiB')
+        try:
+            if self.writes:
+                with open(self.path, 'ab', buffering=0) as f:
+                    size, line = f.tell(), self.line(record)
+                    if f.write(line) < len(line):  # half a line is none
+                        f.truncate(size)
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:  # a full disk does not end the run
+            print(f'train.py: could not write {self.path} ({e.strerror})', file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------
-# The run
+# What a run says
 
-def prepare(c, checkpoint):
-    """
-    Reads data and looks for faults before the first byte is sent -> World, Batches, and the facts
-    that all ranks must agree on. Raises ValueError or OSError.
-    """
-    world = World(c)
-    facts = {f'--{k}': v for k, v in vars(c).items() if k not in ('out_dir', 'data', 'val_data')}
-    facts.update(torch=torch.__version__, checkpoint='none' if checkpoint is None else (
-        'iteration {}, best loss {:.4f}, {:.1f} s'.format(*(checkpoint[k] for k in STATE))))
-    train, val = ([], []) if c.data == 'needle' else load_data(c.data, c.val_data, c.block_size)
-    facts['training data with checksum'] = fingerprint(train)
-    facts['validation data with checksum'] = fingerprint(val)
-    if world.master and not c.rehearse:
-        Path(c.out_dir).mkdir(parents=True, exist_ok=True)
-        check(os.access(c.out_dir, os.W_OK), f'out_dir ({c.out_dir}) cannot be written', 'out_dir')
-    if c.compile and world.device.type == 'cpu' and (why := kernels.cannot_compile()):
-        raise ValueError('--compile needs a C++ compiler that PyTorch can use, for example g++, '
-                         f'and has none ({why}): install one, or leave out --compile')
-    return world, Batches(c, world, model_config(c).vocab_size, train, val), facts
-
-
-def set_up(argv):
-    """-> what `train` needs, or None after --plan. Exits with a sentence if something is wrong."""
-    try:
-        c, checkpoint = parse_config(argv)
-        if c.plan:
-            return print(plan(c))
-        world, batches, facts = prepare(c, checkpoint)
-        world.join(c, facts)
-        model, optimizer = build(c, world, checkpoint)
-    except ValueError as e:
-        fail(e)
-    except OSError as e:
-        fail(f'{e.filename or e} cannot be read or made ({e.strerror}): change --data, --val_data '
-             'or --out_dir')
-    describe(c, model, world)
-    state = [checkpoint[k] for k in STATE] if checkpoint else [0, math.inf, 0.0]
-    if checkpoint:
-        world.say(f'resumed from {c.out_dir}/ckpt.pt at iteration {state[0]} of {c.max_iters}'
-                  + ('; to go on, raise --max_iters' if state[0] >= c.max_iters else ''))
-    return c, model, optimizer, batches, world, *state
-
-
-def main(argv=None):
-    """One training run. Returns a dict: iter_num, loss, val_loss, the log's records, the model."""
-    try:
-        if not (run := set_up(argv)):
-            return None
-        result = train(*run)
-    except PeerError as e:
-        print(f'train.py: {e}', file=sys.stderr, flush=True)
-        os._exit(1)  # taking down groups whose members are gone can hang
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    c, model, _, _, world, *_ = run
-    if world.master and c.sample_tokens and not c.eval_only and not c.rehearse:
-        sample(c, model, world)
-    return result
-
-
-def describe(c, model, world):
-    preset = {**parse_flags([])[1], **PRESETS[c.preset]}
+def describe(c, model, batches, world):
+    preset, config = {**DEFAULTS, **PRESETS[c.preset]}, model.config
     changed = ', '.join(f'{k}={v}' for k, v in vars(c).items() if k != 'preset' and v != preset[k])
-    world.say(textwrap.fill(f'preset {c.preset}' + (f' with {changed}' if changed else ''), 100,
-                            break_on_hyphens=False))
-    kernel = kernels.attention_backend(world.device.type, world.dtype, model.config.head_dim)
-    n_tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
-    role = 'as one of' if c.rehearse else '='
-    world.say(f'{model.get_num_params() / 1e6:.2f}M parameters; {world.n_processes} process(es) '
-              f'{role} dp {world.dp} x cp {world.cp} on {world.device.type}, {world.dtype}; '
-              f'attention by {kernel}; {n_tokens:,} tokens per iteration')
+    say, n = world.say, model.get_num_params()
+    say(textwrap.fill(f'preset {c.preset}' + f' with {changed}' * bool(changed), 100,
+                      break_on_hyphens=False))
+    gpt2 = n + (GPT2_VOCABULARY - config.vocab_size) * c.n_embd
+    say(f'{n / 1e6:.2f}M parameters with a vocabulary of {config.vocab_size}' + (
+        f", {gpt2 / 1e6:.1f}M with GPT-2's of {GPT2_VOCABULARY}" * (c.preset == '124m')))
+    say(f'{world.n_processes} process(es) {"as one of" if c.rehearse else "="} dp {world.dp} x cp '
+        f'{world.cp} on {world.device.type}, {world.dtype}; attention by '
+        + kernels.attention_backend(world.device.type, world.dtype, config.head_dim))
+    for what, shards in (('training', batches.train), ('validation', batches.val)):
+        if shards:
+            n, short = sum(map(len, shards)), sum(len(s) <= c.block_size for s in shards)
+            say(f'{what} data: {n:,} {"bytes" if shards[0].dtype == np.uint8 else "tokens"} in '
+                f'{len(shards)} file(s)' + f', {short} too short for block_size' * bool(short)
+                + f'; {c.max_iters * batches.per_iter / n:.2g} passes' * (what == 'training'))
+    if world.cp == 1:
+        say('a ring of one: no keys and values cross a wire')
+    if world.world_size == 1 and world.ring.link.dialled:
+        say('one process: --link_mbps and --latency_ms slow nothing down')
+    if c.eval_only and c.init_from == 'scratch':
+        say('--eval_only without --init_from=resume: of the initial weights')
     if c.rehearse:
-        world.say(f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory and '
-                  'bytes. The losses mean nothing; nothing is validated or saved')
+        say(f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory and bytes. The '
+            'losses mean nothing; nothing is validated or saved')
+
+
+def summarize(meter, full, world):
+    """What a run came to. full: bytes that a rank would have sent over the ring uncompressed."""
+    ring, sync = ((meter[f'sent_{a}'] + meter[f'sent_{b}']) / 1e6
+                  for a, b in (('fwd', 'bwd'), ('sync', '')))
+    if full or sync:
+        world.say(f'MB sent by rank {world.ring.rank:<5}      sent  uncompressed')
+        for name, sent, of in (('ring', ring, full / 1e6), ('sync', sync, sync),
+                               ('total', ring + sync, full / 1e6 + sync)):
+            world.say(f'  {name:<18}{sent:>12,.1f}{of:>14,.1f}')
+    if world.device.type == 'cuda':
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        world.say(f'peak memory of rank {world.ring.rank}: {peak:.2f} GB')
 
 
 def sample(c, model, world):
     """Continue --prompt."""
     if model.config.vocab_size != 256:
         return world.say('no sample: --prompt is bytes, and the vocabulary is not')
-    prompt = torch.tensor([list(c.prompt.encode() or b'\n')], device=world.device)
+    prompt = torch.tensor([list(os.fsencode(c.prompt) or b'\n')], device=world.device)
     with world.autocast:
         text = model.generate(prompt, c.sample_tokens, temperature=0.8, top_k=50)[0]
     world.say('--- sample\n' + bytes(text.tolist()).decode(errors='replace'))
 
 
-def train(c, model, optimizer, batches, world, iter_num, best_val_loss, seconds):
+# -----------------------------------------------------------------------------
+# The run
+
+def claim(c, at_end):
+    """Make out_dir this run's own, until it ends. Raises ValueError or OSError."""
+    Path(c.out_dir).mkdir(parents=True, exist_ok=True)
+    check(c.eval_only or os.access(c.out_dir, os.W_OK), f'out_dir ({c.out_dir}) cannot be written',
+          'out_dir')
+    folder = os.open(c.out_dir, os.O_RDONLY)
+    at_end.callback(os.close, folder)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f'another run writes to out_dir ({c.out_dir}): change --out_dir') from None
+    except OSError:
+        pass  # not every file system can lock
+
+
+def set_up(argv, at_end):
+    """
+    -> what `train` needs, or None after --plan. Looks for faults before the first byte is sent, and
+    exits with a sentence.
+    """
+    try:
+        c, checkpoint = parse_config(argv)
+        if c.plan:
+            return print(plan(c))
+        world = World(c)
+        batches = Batches(c, world)
+        if world.master and not c.rehearse:
+            claim(c, at_end)
+        if c.compile and world.device.type == 'cpu' and (why := kernels.cannot_compile()):
+            raise ValueError('--compile needs a C++ compiler that PyTorch can use, for example '
+                             f'g++, and has none ({why}): install one, or leave out --compile')
+        at = argparse.Namespace(**{k: (checkpoint or STATE)[k] for k in STATE})
+        world.join(c, {  # what all ranks must agree on
+            **{f'--{k}': v for k, v in vars(c).items() if k not in ('out_dir', 'data', 'val_data')},
+            'torch': torch.__version__, 'checkpoint': checkpoint and 'iteration {iter_num}, best '
+            'loss {best_val_loss:.4f}, {seconds:.1f} s'.format(**vars(at)),
+            'training data with checksum': fingerprint(batches.train),
+            'validation data with checksum': fingerprint(batches.val)})
+        model, optimizer = build(c, world, checkpoint)
+        log = Log(c, model, world, at)
+    except ValueError as e:
+        fail(e)
+    except OSError as e:
+        fail(f'{e.filename or "a file"} cannot be read or made ({e.strerror}): change --data, --val_data '
+             'or --out_dir' + ', or raise ulimit -n' * (e.errno == errno.EMFILE))
+    describe(c, model, batches, world)
+    if checkpoint:
+        world.say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}'
+                  + '; to go on, raise --max_iters' * (at.iter_num >= c.max_iters))
+    return c, model, optimizer, batches, world, log, at
+
+
+def main(argv=None):
+    """One training run. Returns a dict: iter_num, loss, val_loss, the log's records, the model."""
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to end
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
+    with ExitStack() as at_end:
+        try:
+            if not (run := set_up(argv, at_end)):
+                return None
+            c, model, _, _, world, *_ = run
+            told = signal.signal(signal.SIGTERM, lambda *_: setattr(world, 'terminated', True))
+            at_end.callback(signal.signal, signal.SIGTERM, told)
+            result = train(*run)
+        except PeerError as e:
+            print(f'train.py: {e}', file=sys.stderr, flush=True)
+            os._exit(1)  # taking down groups whose members are gone can hang
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if world.stopping:
+            sys.exit(128 + signal.SIGTERM)
+        if world.master and c.sample_tokens and not c.eval_only and not c.rehearse:
+            sample(c, model, world)
+    return result
+
+
+def train(c, model, optimizer, batches, world, log, at):
     """The loop. Returns what `main` does."""
     meter, params = world.ring.meter, [p for p in model.parameters() if p.requires_grad]
-    first_iter, first_seconds, logged_at = iter_num, seconds, (iter_num, seconds)
-    log = Log(Path(c.out_dir) / 'log.jsonl', world.master and not c.rehearse,
-              math.inf if c.eval_only else iter_num)
-    log.write({'iter': iter_num, 'config': vars(c)})
-    tokens_per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size
-    loss, val_loss, loss_of = math.nan, math.nan, None
-    logged, n_skipped, in_a_row, full = Counter(), 0, 0, full_bytes(c, model, world)
-    bar = tqdm(total=c.max_iters, initial=iter_num, disable=not world.master or None)  # no tty: off
+    first, loss_of, losses = argparse.Namespace(**vars(at)), None, []
+    n_skipped, in_a_row, result = 0, 0, dict(loss=math.nan, val_loss=math.nan)
+    # at a sync: only then do all ranks have the same weights
+    eval_interval = c.sync_every * math.ceil(c.eval_interval / c.sync_every)
     while True:
-        # -- between steps: the sync of weights, the codec's life, validation, a checkpoint
-        start, record = time.perf_counter(), {'iter': iter_num}
-        done = iter_num >= c.max_iters or c.eval_only
-        if c.sync_every > 1 and iter_num > first_iter and (iter_num % c.sync_every == 0 or done):
-            average([p.detach() for p in params], world.ring)
-        if iter_num == c.warm_start > 0 and model.bases:
-            model.set_send(c.warm_send)
-            start_bases(c, model, batches, world, iter_num)
-        if loss_of is None or sends_at(iter_num, c) != sends_at(iter_num - 1, c):
-            model.set_send(sends_at(iter_num, c))
-            loss_of = Loss(model)
-            if c.compile and world.can_graph:
-                with world.autocast:
-                    loss_of = graphed(model, *batches.training(iter_num, 0))
-        # due since the last sync? Only at a sync do all ranks have the same weights
-        due = iter_num // c.eval_interval > (iter_num - c.sync_every) // c.eval_interval
-        if (done or due and iter_num % c.sync_every == 0) and not c.rehearse:
-            paused, sent = time.perf_counter(), Counter(meter)  # validating and saving do not count
-            val_loss, record['val_loss_by_chunk'], right = validate(model, batches, world)
-            record['val_loss'] = val_loss
-            meter.clear()
-            meter.update(sent)
-            world.say(f'iter {iter_num}: val loss {val_loss:.4f}' + (
-                f', {right:.1%} right answers (chance: {1 / N_VALUES:.1%})' if c.data == 'needle'
-                else ''))
-            best, best_val_loss = val_loss < best_val_loss, min(val_loss, best_val_loss)
-            if iter_num > first_iter and math.isfinite(val_loss) and (
+        # -- between steps: the sync of weights, what is sent from now on
+        began, record = time.perf_counter(), {'iter': at.iter_num}
+        done = at.iter_num >= c.max_iters or c.eval_only
+        due = at.iter_num % c.sync_every == 0 or done
+        if c.sync_every > 1 and due and at.iter_num > first.iter_num:
+            world.average([p.detach() for p in params])
+        done = done or world.stopping
+        if loss_of is None or model.sends != sends_at(at.iter_num, c):
+            loss_of = change_send(c, model, batches, world, at.iter_num)
+        at.seconds += time.perf_counter() - began
+
+        # -- validation and a checkpoint, whose time and bytes do not count
+        if (done or at.iter_num % eval_interval == 0) and not c.rehearse:
+            world.ring.meter = Counter()
+            record |= validate(c, model, batches, world)
+            val_loss, right = record['val_loss'], record['right_answers']
+            world.tell(at.iter_num, f'val loss {val_loss:.4f}' + (
+                f', {right:.1%} right answers (chance: {1 / N_VALUES:.1%})' * (c.data == 'needle')))
+            best, at.best_val_loss = val_loss < at.best_val_loss, min(at.best_val_loss, val_loss)
+            if at.iter_num > first.iter_num and math.isfinite(val_loss) and (
                     best or c.always_save_checkpoint):
-                save(c, model, optimizer, world, iter_num, best_val_loss, seconds)
-            start += time.perf_counter() - paused
+                save(c, model, optimizer, world, at)
+            world.ring.meter, result['val_loss'] = meter, val_loss
         if done:
-            seconds += time.perf_counter() - start  # a last sync
             log.write(record)
             break
 
         # -- a step
-        before = Counter(meter)
-        loss, lr, grad_norm = take_step(c, optimizer, params, loss_of, batches, world, iter_num)
-        in_a_row = 0 if math.isfinite(grad_norm) else in_a_row + 1
-        if in_a_row:
-            n_skipped += 1
-            print(f'train.py: rank {world.rank}, iter {iter_num}: the gradient is not finite, step '
-                  'skipped', file=sys.stderr, flush=True)
+        began, before = time.perf_counter(), Counter(meter)
+        loss, lr, grad_norm = take_step(c, optimizer, params, loss_of, batches, world, at.iter_num)
+        if math.isfinite(grad_norm):
+            in_a_row = 0
+            losses.append(loss)
+        else:
+            in_a_row, n_skipped = in_a_row + 1, n_skipped + 1
+            print(f'train.py: rank {world.rank}, iter {at.iter_num}: the gradient is not finite, '
+                  'step skipped', file=sys.stderr, flush=True)
         if in_a_row == MAX_SKIPPED:
-            fail(f'no finite gradient in {MAX_SKIPPED} steps up to iteration {iter_num}; the last '
-                 'checkpoint is from before them: lower --learning_rate')
-        iter_num += 1
-        bar.update()
-        logging = record['iter'] % c.log_interval == 0 or iter_num == c.max_iters
-        if logging:
-            loss = world.ring.all_reduce(loss, 'the average of losses').item() / world.world_size
-        seconds += time.perf_counter() - start
-        if logging:
-            dt = (seconds - logged_at[1]) / (iter_num - logged_at[0])
-            record.update(loss=loss, lr=lr, grad_norm=grad_norm, tokens=iter_num * tokens_per_iter,
-                          seconds=round(seconds, 3), skipped=n_skipped,
-                          **wire_record(meter - before, meter - logged, full))
-            world.say(log_line(record, dt, tokens_per_iter, model, world))
-            logged, logged_at = Counter(meter), (iter_num, seconds)
+            fail(f'no finite gradient in {MAX_SKIPPED} steps up to iteration {at.iter_num}; the '
+                 'last checkpoint is from before them: lower --learning_rate')
+        at.iter_num += 1
+        at.seconds += time.perf_counter() - began
+        if record['iter'] % c.log_interval == 0 or at.iter_num == c.max_iters:
+            record |= log.step(at, losses, before, lr=lr, grad_norm=grad_norm, skipped=n_skipped)
+            result['loss'], losses = record['loss'], []
         if len(record) > 1:
             log.write(record)
-    bar.close()
-    if n := iter_num - first_iter:
-        world.say(f'{n} iterations, {n * tokens_per_iter:,} tokens in '
-                  f'{seconds - first_seconds:.0f}s')
-        summarize(meter, n * full, world)
-    return {'iter_num': iter_num, 'loss': loss, 'val_loss': val_loss,
-            'records': log.records[1:], 'model': model}
+    if n := at.iter_num - first.iter_num:
+        world.say(f'{n} iterations, {n * batches.per_iter:,} tokens in '
+                  f'{at.seconds - first.seconds:.0f}s')
+        summarize(meter, n * log.full, world)
+    return {**result, 'iter_num': at.iter_num, 'records': log.records, 'model': model}
 
 
 if __name__ == '__main__':
