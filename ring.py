@@ -23,7 +23,6 @@ import time
 from collections import Counter, deque
 from contextlib import contextmanager
 from itertools import chain, islice
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -37,9 +36,7 @@ import kernels
 def zigzag(n, world_size, rank):
     """
     Which of n chunks (or tokens) `rank` holds, in its local order: as many from the front as from
-    the back of the sequence. One rank alone holds all of them, in order.
-
-    Raises ValueError if they cannot be shared out.
+    the back of the sequence; one rank alone all, in order. ValueError if they cannot be shared out.
     """
     if world_size == 1:
         return list(range(n))
@@ -115,7 +112,6 @@ def attend(ring, q, k, v, payload, codec, params, table, tokens, span):
     tokens: (world_size, B, T) int64, every rank's tokens in its local order, or None.
     span: within pieces of so many tokens queries see k and v as they are; all else comes through
         the codec, also what lies on this rank. 0: everything comes through the codec.
-
     Returns (B, T, H, hd) in q's dtype. Accumulates in float32 at least.
     """
     T, calls = q.shape[1], functools.partial(visible, span, q.shape[1], ring.rank)
@@ -145,15 +141,14 @@ def _add_up(codec, total, wire, sizes, dtype):
 
 class _Attend(torch.autograd.Function):
     """
-    Forward, over all shards, each with keys and values K, V = RoPE(expand(payload)):
+    With keys and values K, V = expand(payload) of every shard, and lse the log of the softmax's
+    denominator over all of them:
 
-        P = exp(Q K^T / sqrt(hd) - lse)     lse: the log of the softmax's denominator
-        out = sum of P V                    found shard by shard, see `kernels.merge`
-
-    Backward. P needs only lse to be computed again, so each shard has its share by itself:
-
+        P = exp(Q K^T / sqrt(hd) - lse)     out = sum of P V
         dV = P^T dout                       dS = P * (dout V^T - rowsum(dout * out)) / sqrt(hd)
         dK = dS^T Q                         dQ = sum of dS K
+
+    Forward lse grows shard by shard (`kernels.merge`). Backward it is known: shards just add up.
     """
 
     @staticmethod
@@ -256,7 +251,6 @@ def waiting(whom, what):
 class Ring:
     """
     The ranks that share one sequence (a context-parallel group), seen from this rank.
-
     group: a torch.distributed process group; None: one process, and nothing is ever sent.
     meter: bytes 'sent_fwd' and 'received_fwd', and 'exchanges_fwd', the same with bwd, counted
         where tensors are handed to torch.distributed, and with sync, what `average` costs.
@@ -268,8 +262,7 @@ class Ring:
         self.world_size = dist.get_world_size(group) if group else 1
         self.link, self.meter = link or Link(), Counter()
 
-    def __deepcopy__(self, memo):  # of a model, say: a process group cannot be copied
-        return self
+    __deepcopy__ = lambda self, memo: self  # a model's copy: a process group cannot be copied
 
     def count(self, phase, n_bytes):
         """Book one exchange of so many bytes each way. phase: 'fwd', 'bwd' or 'sync'."""
@@ -278,8 +271,8 @@ class Ring:
 
     def shard(self, x, chunk_size):
         """
-        This rank's part of x (B, T, ...), the same on all ranks -> (B, T / world_size, ...).
-        Raises ValueError if T is not a multiple of 2 * world_size chunks.
+        This rank's part (B, T / world_size, ...) of x (B, T, ...), the same on all ranks. Raises
+        ValueError if T is not a multiple of 2 * world_size chunks.
         """
         if self.world_size == 1:
             return x
@@ -292,17 +285,14 @@ class Ring:
     def exchange(self, tensors, hop, phase):
         """
         Post a send of `tensors` to the rank `hop` further on and the receive of tensors of the same
-        shapes from the rank `hop` back; do not wait. phase: 'fwd' or 'bwd', to count.
-
-        Returns a function that waits for both and returns the received tensors. Both raise
-        PeerError if a peer is gone.
+        shapes from the rank `hop` back. phase: 'fwd' or 'bwd', to count. Returns a function that
+        waits for both and returns what was received. Both raise PeerError if a peer is gone.
         """
         sent, link = [t.contiguous() for t in tensors], self.link
         n_bytes = sum(t.nbytes for t in sent)
         self.count(phase, n_bytes)
         if link.dialled:  # a last tensor, not counted, tells the receiver when our queue is through
-            leaves = link.send(n_bytes, link.computed(sent[0].device))
-            sent.append(torch.tensor([leaves], dtype=torch.float64, device=sent[0].device))
+            sent.append(link.stamp(n_bytes, sent[0].device))
         post = self.post(sent, hop, phase)
 
         def wait():
@@ -339,7 +329,6 @@ class Ring:
         Send `tensors` straight to every other rank, and yield (source, theirs) as they arrive: at
         hop h rank i sends to i + h and receives from i - h. That is as many bytes as passing shards
         from neighbour to neighbour, but none waits for another: one latency, not one a hop.
-
         at_once: post all exchanges now; else one, and the next whenever one is waited for.
         """
         posts = (self.exchange(tensors, hop, phase) for hop in range(1, self.world_size))
@@ -364,8 +353,7 @@ def average(tensors, ring):
     """
     Replace tensors, all of one dtype, by their mean over all ranks of the run, not of the ring
     alone: in one all-reduce, since over a slow link each one costs 2 (N - 1) latencies. The meter
-    is charged what it costs each rank at least, 2 (N - 1) / N of the bytes each way (Patarasuk and
-    Yuan 2009).
+    counts the least that it costs, 2 (N - 1) / N of the bytes each way (Patarasuk and Yuan 2009).
     """
     N = dist.get_world_size() if dist.is_initialized() else ring.world_size
     if N == 1:
@@ -375,8 +363,7 @@ def average(tensors, ring):
     n_bytes = 2 * (N - 1) * flat.nbytes // N
     ring.count('sync', n_bytes)
     if link.dialled:  # it ends for none before the last has begun
-        leaves = torch.tensor([link.send(n_bytes, link.computed(flat.device))],
-                              dtype=torch.float64, device=flat.device)
+        leaves = link.stamp(n_bytes, flat.device)
         ring.all_reduce(leaves, what, dist.ReduceOp.MAX)
     ring.all_reduce(flat, what)
     if link.dialled:  # its steps wait for each other
@@ -414,11 +401,12 @@ class Link:
                                   left + self.latency)
         self.sleep(max(0.0, self.received_until - self.clock()))
 
-    def computed(self, device):
-        """Waits until all that was launched is computed, as only that can be sent -> the time."""
+    def stamp(self, n_bytes, device):
+        """Queue n_bytes that `device` has computed -> a tensor: the time when the last leaves."""
         if device.type == 'cuda':
             torch.cuda.current_stream(device).synchronize()
-        return self.clock()
+        leaves = self.send(n_bytes, self.clock())
+        return torch.tensor([leaves], dtype=torch.float64, device=device)
 
 
 class Rehearsal(Ring):
@@ -443,10 +431,12 @@ class Rehearsal(Ring):
 # -----------------------------------------------------------------------------
 # `python ring.py`: how fast ring attention is on this machine
 
-_UNCOMPRESSED = SimpleNamespace(  # the simplest codec: the payload is kv (B, T, 2, H, hd)
-    keep=False, pack=lambda tensors, gradient=False: list(tensors),
-    unpack=lambda wire, sizes, dtype, gradient=False: list(wire),
-    expand=lambda payload, tokens, params: payload[0])
+class _Uncompressed:
+    """The simplest codec: the payload is kv (B, T, 2, H, hd)."""
+    keep = False
+    pack = staticmethod(lambda tensors, gradient=False: list(tensors))
+    unpack = staticmethod(lambda wire, sizes, dtype, gradient=False: list(wire))
+    expand = staticmethod(lambda payload, tokens, params: payload[0])
 
 
 def _milliseconds(f, n):
@@ -464,8 +454,11 @@ def _milliseconds(f, n):
 
 def _replay(f):
     """f's kernels as one CUDA graph, like a training step's with --compile (`mos_cp.graphed`)."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        f()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
         f()
     return graph.replay
 
@@ -497,11 +490,11 @@ def _benchmark(rank, P, store):
     H, hd = (16, 128) if cuda else (4, 64)
     backend = kernels.attention_backend(device.type, dtype, hd)
     if rank == 0:
-        heads = 'one process', 'ring.py', *(('in a CUDA graph', 'context_parallel') if cuda else ())
-        print(f'{P} x {torch.cuda.get_device_name() if cuda else "CPU"}, torch {torch.__version__};'
-              f' causal attention ({backend}), {H} heads of {hd}, forward and backward: ms, and in '
-              f"brackets the share of the ideal, one process's time divided by {P}\n\n"
-              '| T | ' + ' | '.join(heads) + ' |\n' + '|---' * (1 + len(heads)) + '|')
+        name = torch.cuda.get_device_name() if cuda else 'CPU'
+        print(f'{P} x {name}, torch {torch.__version__}: causal attention ({backend}), {H} heads '
+              f'of {hd}, forward and backward, ms (and share of the ideal, one process / {P})\n\n'
+              '| T | one process | eager | compiled, in a CUDA graph | context_parallel |\n|'
+              + 5 * '---|')
     for n_tokens in (4096, 8192, 16384, 65536) if cuda else (1024, 4096):  # of a rank
         T, g = n_tokens * P, torch.Generator(device).manual_seed(0)
         whole = torch.randn(4, 1, T, H, hd, generator=g, dtype=dtype, device=device)
@@ -514,17 +507,19 @@ def _benchmark(rank, P, store):
             out, lse = kernels.attention_forward(*whole[:3], True, backend)
             return out, *kernels.attention_backward(whole[3], *whole[:3], out, lse, True, backend)
 
-        def ours():
-            with kernels.compiling(cuda):
-                out = attend(ring, q, k, v, (kv,), _UNCOMPRESSED, (), table, None, span=n_tokens)
-            return out, *torch.autograd.grad(out, (q, k, v, kv), dout)
-        out, dq, dk, dv, dkv = ours()
+        def ours(compiling=False):
+            with kernels.compiling(compiling):
+                out = attend(ring, q, k, v, (kv,), _Uncompressed(), (), table, None, span=n_tokens)
+            return out.detach(), *torch.autograd.grad(out, (q, k, v, kv), dout)
+        out, dq, dk, dv, dkv = ours(cuda)
         for x, y in zip(alone(), (out, dq, dk + dkv[:, :, 0], dv + dkv[:, :, 1])):
             x, y = ring.shard(x, n_tokens // 2).float(), y.float()
             assert (x - y).norm() < 1e-2 * x.norm(), 'ring attention differs from attention'
-        fs, n = [alone, ours, *([_replay(ours)] if cuda else ())], 5 if T < 100_000 else 1
-        times = [[_milliseconds(f, n) for f in fs]
-                 + ([_theirs(mesh, whole, backend, n)] if cuda else []) for _ in range(3)]
+        fs, n = [alone, ours], 5 if T < 100_000 else 1
+        if cuda:
+            fs.append(_replay(functools.partial(ours, True)))
+        times = [[*(_milliseconds(f, n) for f in fs),
+                  *([_theirs(mesh, whole, backend, n)] if cuda else [])] for _ in range(3)]
         one, *several = (sorted(t)[1] for t in zip(*times))  # medians
         if rank == 0:
             print(f'| {T} | {one:.1f} |', *(f'{t:.1f} ({one / P / t:.1%}) |' for t in several),
