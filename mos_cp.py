@@ -4,7 +4,7 @@ LLaMA-style GPT whose attention runs over a ring of them ("Mixtures of Subspaces
 Efficient Context Parallel Training", Ramasinghe et al., NeurIPS 2025, arXiv 2606.16384; "the paper"
 below).
 
-    config = GPTConfig(block_size=1024, n_layer=4, n_head=4, n_embd=128)
+    config = GPTConfig(block_size=256, n_layer=2, n_head=4, n_embd=128)
     model = GPT(config)                     # one process: the reference
     logits, loss = model(idx, targets)      # (B, T, vocab_size), mean cross-entropy
 
@@ -302,10 +302,10 @@ def check(holds, says, *flags):
 @dataclasses.dataclass
 class GPTConfig:
     """The model and what it sends. (The comments are what `train.py --help` says.)"""
-    block_size: int = 1024  # context length in tokens, over all ranks of a ring together
+    block_size: int = 256  # context length in tokens, over all ranks of a ring together
     n_chunks: int = 16  # chunks of the context, a multiple of 2 * cp; results depend on it, not cp
     vocab_size: int = 0  # vocabulary; 0: 256 for text, 50304 for .bin (GPT-2's, rounded up)
-    n_layer: int = 4  # layers
+    n_layer: int = 2  # layers
     n_head: int = 4  # query heads
     n_kv_head: int = 0  # key and value heads (grouped-query attention); 0: n_head
     n_embd: int = 128  # width
@@ -574,7 +574,7 @@ class GPT(nn.Module):
     # -- a codec's life: warm start, on, unplugged
 
     def set_send(self, send):
-        """From now on send nothing ('local'), everything ('full'), or what config says ('codec')."""
+        """Send nothing from now on ('local'), everything ('full'), or what config says ('codec')."""
         self.sends = send
         for block in self.h:
             block.attn.sends = send
@@ -775,7 +775,7 @@ def _benchmark():
                                         block_size=32768), 1)}
     one = dict(latent_dim=128)
     if device == 'cpu':
-        rows = {'tiny, T 1024, B 4': ({}, 4)}
+        rows = {'tiny, T 256, B 4': ({}, 4)}
     print(f'{torch.cuda.get_device_name() if device == "cuda" else "CPU"}, torch '
           f'{torch.__version__}, bf16, compiled; ms a step, and the share of the plain model in '
           'speed\n\n| model | plain | full | 128 numbers: one subspace | 128 numbers: mixture |\n'
