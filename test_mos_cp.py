@@ -619,24 +619,34 @@ def test_rotation(norm, k):
 
 
 def test_formulas():
-    """What compress and expand do is what the docstring says, token by token."""
+    """compress and expand are what the docstring says, token by token, and so is their autograd."""
     codec, g = mixture(n_generators=3, guess_dim=4, vocab_size=50), seeded(0)
     with torch.no_grad():
         for p in codec.parameters():
             p.copy_(0.3 * double(*p.shape, generator=g))
-    kv, tokens = double(1, 8, 2, 2, 8, generator=g), torch.randint(50, (1, 8), generator=g)
-    embedding = double(50, 16, generator=g)
+    kv, embedding = double(1, 8, 2, 2, 8, generator=g), double(50, 16, generator=g)
+    tokens = torch.randint(50, (1, 8), generator=g)
+    inputs = {'kv': kv, 'embedding': embedding, **dict(codec.named_parameters())}
+
+    def written_out(Z, token):
+        e = embedding[token] / embedding[token].square().mean().sqrt()
+        G = codec.W_out @ codec.W_in @ e + codec.b
+        theta = torch.tanh(codec.psi[0] @ (Z - G))
+        U = codec.U[0][:, 0] + sum(theta[l] * codec.U[0][:, 1 + l] for l in range(3))
+        z = U.T @ (Z - G)
+        return z, theta, G + U @ z
+
+    for x in inputs.values():
+        x.requires_grad_()
     weights = codec.weights(embedding)
-    payload = z, theta = codec.compress(kv, tokens, weights)
-    rebuilt = codec.expand(payload, tokens, weights)
-    for t in range(8):
-        Z, e = kv[0, t].flatten(), embedding[tokens[0, t]]
-        G = codec.W_out @ codec.W_in @ (e / e.square().mean().sqrt()) + codec.b
-        bend = torch.tanh(codec.psi[0] @ (Z - G))
-        U = codec.U[0][:, 0] + sum(bend[l] * codec.U[0][:, 1 + l] for l in range(3))
-        for found, expected, what in ((theta[0, t], bend, 'theta'), (z[0, t], U.T @ (Z - G), 'z'),
-                                      (rebuilt[0, t].flatten(), G + U @ U.T @ (Z - G), 'Z')):
-            assert_close(found, expected, what, 1e-6)  # a norm's epsilon
+    payload = codec.compress(kv, tokens, weights)
+    found = *payload, codec.expand(payload, tokens, weights).flatten(2)
+    rows = [written_out(Z, token) for Z, token in zip(kv[0].flatten(1), tokens[0])]
+    expected = [torch.stack(x)[None] for x in zip(*rows)]
+    upstream = [double(*x.shape, generator=g) for x in expected]
+    gradients = (torch.autograd.grad(x, list(inputs.values()), upstream) for x in (found, expected))
+    for what, a, b in (*zip(('z', 'theta', 'Z'), found, expected), *zip(inputs, *gradients)):
+        assert_close(a, b, what, 1e-6)  # a norm's epsilon
 
 
 def test_a_mixture_starts_as_the_subspace_it_contains():
