@@ -97,19 +97,28 @@ def test_merge_does_not_overflow():
     assert out[0, :, 0, 0].tolist() == pytest.approx([1, 2], rel=1e-3) and lse[0, 0, 0] == 1e4
 
 
+def test_sums_over_blocks_are_float32():
+    """256 + 1 + 1 is 256 if it is added up in bfloat16."""
+    ones, dq = torch.ones(1, 4, 1, 1).bfloat16(), None
+    parts, call = (256 * ones, ones, ones), kernels.Call(1, slice(4), slice(4), False)
+    for part in parts:  # block after block
+        dq = kernels.add_gradients(dq, [(part,) * 3], [call], ones, ones)[0]
+    dk = kernels.add_gradients(None, [(part,) * 3 for part in parts], [call] * 3, ones, ones)[1]
+    assert (dq == 258).all() and (dk == 258).all()
+
+
 @pytest.mark.parametrize('dtype', (torch.float64, torch.float32, torch.bfloat16))
 @pytest.mark.parametrize('bits', (8, 4))
 def test_quantize(bits, dtype):
     """Nearest: at most half a step off. Stochastic: at most one, and right on average."""
-    x = torch.randn(50, 7, generator=seeded(0)).to(dtype)
+    x, levels, n = torch.randn(50, 7, generator=seeded(0)).to(dtype), 2 ** (bits - 1) - 1, 2000
     x[0], x[1, 2] = 0, 1e4
+    step = x.double().abs().amax(-1, keepdim=True) / levels * 1.02 + 1e-20
 
     def difference(stochastic):
         q = kernels.quantize(x, bits, stochastic)
         assert q.dtype == torch.uint8 and q.shape == (50, -(-7 * bits // 8) + 2)
         return kernels.dequantize(q, bits, 7, torch.float64) - x.double()
-    levels, n = 2 ** (bits - 1) - 1, 2000
-    step = x.double().abs().amax(-1, keepdim=True) / levels * 1.02 + 1e-20
     assert (difference(False).abs() <= step / 2).all()
     torch.manual_seed(0)
     found = [difference(True) for _ in range(n)]
@@ -119,8 +128,8 @@ def test_quantize(bits, dtype):
 
 
 def test_fused(monkeypatch):
-    """Compiled within `compiling` and by this thread alone, once for all."""
-    made = []
+    """Compiled within `compiling` and by this thread alone, once for all; backward as forward."""
+    made, seen = [], []
     monkeypatch.setattr(torch, 'compile', lambda f, **_: made.append(f) or (lambda x: -f(x)))
     twice = kernels.fused(lambda x: 2 * x)
     with kernels.compiling(True), ThreadPoolExecutor() as other:
@@ -128,6 +137,15 @@ def test_fused(monkeypatch):
         with kernels.compiling(False):
             found.append(twice(3))
     assert found + [twice(3)] == [-6, 6, -6, 6, 6] and len(made) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, 'shard_backward', lambda dout, q, *_: (
+        seen.append(kernels.is_compiling()), 3 * [q])[1])
+    q = torch.zeros(1, 4, 1, 8, requires_grad=True)
+    for on in (True, False):
+        with kernels.compiling(on):
+            out = attend(Ring(), q, q, q, (), None, (), None, None, 4)
+        out.sum().backward()
+    assert seen == [True, False]
 
 
 def test_rope():
@@ -146,20 +164,6 @@ def test_causal_work_is_shared_evenly():
     for P in (2, 3, 4):  # chunk c: c blocks below the diagonal, half on it
         assert len({sum(2 * c + 1 for c in zigzag(4 * P, P, r)) for r in range(P)}) == 1
     assert len(visible(1, 16, 0, 0)) == 4  # 8, 4, 2, 1 chunks at a time
-
-
-def test_backward_compiles_as_forward_did():
-    q, seen = torch.zeros(1, 4, 1, 8, requires_grad=True), []
-
-    def shard_backward(dout, q, *_):
-        seen.append(kernels.is_compiling())
-        return q, q, q
-    with patch.object(kernels, 'shard_backward', shard_backward):
-        for on in (True, False):
-            with kernels.compiling(on):
-                out = attend(Ring(), q, q, q, (), None, (), None, None, 4)
-            out.sum().backward()
-    assert seen == [True, False]
 
 
 class FakeLink(Link):
@@ -219,6 +223,20 @@ def check(f):
     return f
 
 
+class First(mos_cp.Full):
+    """What a reader would write first: 4 numbers of each key and value. Rounded like the rest."""
+    keep = True
+
+    def compress(self, kv, tokens, weights):
+        return (kv[..., :4],)
+
+    def expand(self, payload, tokens, weights):
+        return torch.nn.functional.pad(payload[0], (0, 12))
+
+
+mos_cp.CODECS['first'] = First
+
+
 class ToyCodec(mos_cp.Full):
     """A shared weight, a table of tokens, and a second, coarser payload tensor."""
 
@@ -272,11 +290,7 @@ def ring_equals_dense(ring):
     for per_rank, heads, keep in itertools.product((2, 4, 6), heads, (True, False)):
         for span in {0, 1, per_rank // 2}:
             attention_case(ring, per_rank * ring.world_size, *heads, span, keep)
-
-
-@check
-def ring_equals_dense_in_low_precision(ring):
-    with patch.object(kernels, 'merge', side_effect=kernels.merge) as merge:
+    with patch.object(kernels, 'merge', side_effect=kernels.merge) as merge:  # of low precision
         for dtype, span in itertools.product((torch.float32, torch.bfloat16), (0, 1)):
             attention_case(ring, 2 * ring.world_size, 3, 3, span, True, dtype)
     assert {call.args[0].dtype for call in merge.call_args_list} == {torch.float32}
@@ -326,23 +340,13 @@ def dialled_link_delays_exchanges(ring):
 @check
 def bad_lengths_are_refused(ring):
     model, x = small_model(ring), torch.zeros(1, 33, dtype=torch.int64)
-    for call, message in (
-            (lambda: ring.shard(x, 4), r'length \(33\) must be a multiple of the chunk size \(4\)'),
-            (lambda: ring.shard(x[:, :4], 4), r'n_chunks \(1\) must be a multiple of 2 \* cp'),
-            (lambda: model(x[:, :4]), r'n_chunks \(1\) must be a multiple of 2 \* cp')):
+    too_few = r'n_chunks \(1\) must be a multiple of 2 \* cp'
+    for f, length, message in (
+            (lambda x: ring.shard(x, 4), 33, r'\(33\) must be a multiple of the chunk size \(4\)'),
+            (lambda x: ring.shard(x, 4), 4, too_few), (model, 4, too_few)):
         if ring.world_size > 1:
             with pytest.raises(ValueError, match=message):
-                call()
-
-
-def test_sums_over_blocks_are_float32():
-    """256 + 1 + 1 is 256 if it is added up in bfloat16."""
-    ones, dq = torch.ones(1, 4, 1, 1).bfloat16(), None
-    parts, call = (256 * ones, ones, ones), kernels.Call(1, slice(0, 4), slice(0, 4), False)
-    for part in parts:  # block after block
-        dq = kernels.add_gradients(dq, [(part,) * 3], [call], ones, ones)[0]
-    dk = kernels.add_gradients(None, [(part,) * 3 for part in parts], [call] * 3, ones, ones)[1]
-    assert (dq == 258).all() and (dk == 258).all()
+                f(x[:, :length])
 
 
 # -----------------------------------------------------------------------------
@@ -353,6 +357,7 @@ ONE = dict(n_generators=0, guess_dim=0)  # one learned subspace
 PAPER = dict(subspace='frozen', theta='chunk', n_generators=1, guess_dim=0, joint_kv=False,
              exact_local=False)
 OPTIONS = [  # what a model can send
+    dict(send='first', wire_dtype='int8', **EXACT),
     dict(send='full'), dict(send='local'), dict(send='topk', topk=0.3),
     dict(send='topk', exact_local=False), dict(send='full', wire_dtype='int4', **EXACT),
     dict(send='full', wire_dtype='int8', exact_local=False, **EXACT),
@@ -598,21 +603,19 @@ def test_rotation(norm, k):
     """
     codec = mixture(**{**PAPER, 'joint_kv': True, 'n_generators': k, 'generator_norm': norm})
     U, theta = codec.U[0].detach(), torch.rand(1, 5, k, generator=seeded(0)).double() - 0.5
-    U_0, first = U[:, 0], U[:, 1:k + 1]  # (32, r), (32, k, r)
     # A is not kept: find it from what it does to a basis of the whole space
     A = codec.family(torch.eye(32, dtype=torch.float64))[:, 1:k + 1].transpose(0, 1)
-    assert_close(A.mT, -A, 'A^T')
     norms = torch.linalg.matrix_norm(A, 'fro' if norm == 'frobenius' else 2)
+    assert_close(A.mT, -A, 'A^T')
     assert_close(norms, torch.ones_like(norms), 'norm of A', 1e-6)
-    assert_close(first, (A @ U_0).transpose(0, 1), 'A U_0', 1e-6)
+    assert_close(U[:, 1:k + 1], (A @ U[:, 0]).transpose(0, 1), 'A U_0', 1e-6)
     found = torch.einsum('tj,djr->tdr', codec.mix(theta, 5)[0, :, :, 0], U)
     M = torch.einsum('tl,lde->tde', theta[0], A)
-    exact = torch.linalg.matrix_exp(M) @ U_0
+    exact = torch.linalg.matrix_exp(M) @ U[:, 0]
     error = torch.linalg.matrix_norm(found - exact, 2)
     assert (error <= torch.linalg.matrix_norm(M, 2)**3 / 6 + 1e-6).all() and error.max() > 0
-    assert relative_error(found, U_0.expand_as(exact)) > 0.01
-    psi = torch.ones(k, 32, dtype=torch.float64)
-    Z = torch.arange(8.0 * 32).view(1, 8, 32).double() - 128
+    assert relative_error(found, U[:, 0].expand_as(exact)) > 0.01
+    psi, Z = torch.ones(k, 32).double(), torch.arange(-128.0, 128).double().view(1, 8, 32)
     assert codec.theta(Z, psi).tolist() == [[[-0.5] * k, [0.5] * k]]
     codec.config.theta_clip = 0.0
     assert_close(codec.theta(Z, psi)[0, 1, 0], Z[0, 4:].mean(0).sum(), 'theta')
@@ -684,20 +687,22 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
                                      for m in (0, 8, 99)] == pytest.approx(errors, rel=1e-9)
 
 
-def test_codecs_follow_the_seed():
-    """No two layers or seeds share one."""
+def test_codecs_of_a_model():
+    """No two layers or seeds share a codec's weights; the last layer may send all, as it is."""
     models = (small_model(seed=seed, **PAPER) for seed in (0, 1))
     Us = [U for m in models for codec in m.codecs for U in codec.U]
     assert all(a.shape != b.shape or not torch.equal(a[:, j], b[:, j])
                for a, b in itertools.combinations(Us, 2) for j in (0, 1))
+    model = small_model(n_layer=3, compress_last=False, wire_dtype='int4')
+    assert [(type(c), c.wire_dtype, c.grad_wire_dtype) for c in (b.attn.active for b in model.h)
+            ] == 2 * [(mos_cp.Mixture, 'int4', 'int4')] + [(mos_cp.Full, 'compute', 'compute')]
 
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
 def test_causality(options):
     """
     Changing a token changes no earlier logit, and does change later ones, except for the paper's
-    literal method, where a chunk's rotation, and with it the rebuilt keys and values of all its
-    tokens, depends on the chunk's mean.
+    literal method: all of a chunk's keys and values are rebuilt by the chunk's mean.
     """
     model, t, idx = small_model(**options), 18, one_sequence()  # in the middle of chunk 4 of 8
     other = idx.clone()
@@ -705,13 +710,10 @@ def test_causality(options):
     changed = (model(idx)[0] - model(other)[0]).abs().amax(dim=-1)[0]  # (T,)
     leaks = not model.config.exact_local and (
         options.get('theta') == 'chunk' and model.config.n_generators > 0)
-    assert changed[t] > 0
-    assert changed[:16].max() < 1e-12  # earlier chunks never see it
+    assert changed[:16].max() < 1e-12 and changed[t] > 0  # earlier chunks never see it
     assert (changed[16:t].max() > 1e-9) == leaks
-    if options.get('send') == 'local':
-        assert changed[20:].max() < 1e-12
-    else:
-        assert changed[20:].min() > 0
+    local = options.get('send') == 'local'
+    assert changed[20:].max() < 1e-12 if local else changed[20:].min() > 0
 
 
 def test_int4_and_topk_keep_what_they_say():
@@ -729,39 +731,26 @@ def test_int4_and_topk_keep_what_they_say():
     assert (size.masked_fill(~kept, 9).amin(-1) >= size.masked_fill(kept, 0).amax(-1)).all()
 
 
-def test_compress_last():
-    model = small_model(n_layer=3, compress_last=False, wire_dtype='int4')
-    codecs = [block.attn.active for block in model.h]
-    assert [type(c) for c in codecs] == [mos_cp.Mixture, mos_cp.Mixture, mos_cp.Full]
-    dtypes = ['int4', 'int4', 'compute']
-    assert [c.wire_dtype for c in codecs] == [c.grad_wire_dtype for c in codecs] == dtypes
-
-
-def test_exact_local_is_exact():
-    """In a single chunk nothing is compressed, unless exact_local is off."""
-    idx, plain = one_sequence(), small_model(send='full')(one_sequence())[0]
-    for options in (dict(), dict(send='full', wire_dtype='int4'),
-                    dict(send='topk', wire_dtype='int8')):
-        assert_close(small_model(n_chunks=1, **options)(idx)[0], plain, 'logits')
-        rebuilt = small_model(n_chunks=1, exact_local=False, **options)(idx)[0]
-        assert relative_error(rebuilt, plain) > 1e-4
-
-
-def test_own_codec(monkeypatch):
-    """What a reader would write first: the first 4 numbers of k and v. Rounded like all others."""
-    class First(mos_cp.Full):
-        keep = True
-
-        def compress(self, kv, tokens, weights):
-            return (kv[..., :4],)
-
-        def expand(self, payload, tokens, weights):
-            return torch.nn.functional.pad(payload[0], (0, 12))
-
-    def steps(*attend):
-        return train_steps(small_model(send='first', wire_dtype='int8', **EXACT), 1, *attend)
-    monkeypatch.setitem(mos_cp.CODECS, 'first', First)
-    assert_same_steps(steps(), steps(dense_attend))
+def test_exact_local_and_unplugged_models_are_exact():
+    """Nothing is compressed in a single chunk, unless exact_local is off, or once unplugged."""
+    idx, plain, local = one_sequence(), small_model(send='full'), small_model(send='local')
+    expected = plain(idx)[0]
+    for options in (dict(), PAPER, dict(send='topk', wire_dtype='int8'),
+                    dict(send='full', wire_dtype='int4'), dict(send='local')):
+        if options not in (PAPER, dict(send='local')):
+            chunk = (small_model(**options, n_chunks=1, exact_local=x)(idx)[0] for x in (1, 0))
+            assert_close(next(chunk), expected, 'logits')
+            assert relative_error(next(chunk), expected) > 1e-4
+        model = small_model(**options)
+        assert relative_error(model(idx)[0], expected) > 1e-6
+        for send, other in (('local', local), ('full', plain)):
+            model.set_send(send)
+            assert torch.equal(model(idx)[0], other(idx)[0])
+        other = small_model(**options, seed=1)  # what is sent is part of the state
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(idx)[0], expected)
+        missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
+        assert not missing and all('codec' in name for name in unexpected)
 
 
 def test_principal_directions():
@@ -774,37 +763,17 @@ def test_principal_directions():
     assert shares.max() < 0.9 * shares.sum()  # along the eigenvectors: about 0.96
 
 
-def test_unplugged_model_is_a_plain_model():
-    idx, plain, local = one_sequence(), small_model(send='full'), small_model(send='local')
-    for options in (dict(), PAPER, dict(send='topk'),
-                    dict(send='full', wire_dtype='int4'), dict(send='local')):
-        model = small_model(**options)
-        assert relative_error(model(idx)[0], plain(idx)[0]) > 1e-6
-        for send, expected in (('local', local), ('full', plain)):
-            model.set_send(send)
-            assert torch.equal(model(idx)[0], expected(idx)[0])
-        other = small_model(**options, seed=1)  # what is sent is part of the state
-        other.load_state_dict(model.state_dict())
-        assert torch.equal(other(idx)[0], plain(idx)[0])
-        missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
-        assert not missing and all('codec' in name for name in unexpected)
-
-
 # -----------------------------------------------------------------------------
 # mos_cp.py: the model's interface
 
-def test_math_attention_in_a_ring_of_one(monkeypatch):
-    """Its tensors lie in memory in another order."""
+def test_backward_of_a_ring_of_one(monkeypatch):
+    """The math kernel's tensors lie in another order in memory. A second backward is refused."""
     expected = train_steps(small_model(), 1)
     monkeypatch.setattr(kernels, 'attention_backend', lambda *args: 'math')
     assert_same_steps(train_steps(small_model(), 1), expected)
-
-
-def test_a_second_backward_is_refused():
-    """What arrived is not held for longer."""
     loss = small_model()(one_sequence(), one_sequence())[1]
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match='a second backward'):
+    with pytest.raises(RuntimeError, match='a second backward'):  # what arrived is gone
         loss.backward()
 
 
@@ -815,17 +784,15 @@ def test_compiled_equals_eager(tmp_path, monkeypatch):
     if why := kernels.cannot_compile():
         pytest.skip(f'--compile does not work here: {why}')
     options = dict(n_chunks=4, n_layer=1, wire_dtype='int4', recompute=True, **EXACT)
-    expected, found = (train_steps(small_model(compile=c, **options), 2) for c in (False, True))
-    assert_same_steps(found, expected)
+    assert_same_steps(*(train_steps(small_model(compile=c, **options), 2) for c in (True, False)))
 
 
 def test_recompute_keeps_less_for_backward():
-    kept = []
+    kept, idx = [], torch.zeros(1, 256, dtype=torch.int64)
     for recompute in (False, True):
-        model = GPT(GPTConfig(block_size=256, vocab_size=2000, recompute=recompute))
         seen, hook = {}, lambda t: seen.setdefault(t.data_ptr(), t)
         with torch.autograd.graph.saved_tensors_hooks(hook, lambda t: t):
-            model(*torch.zeros(2, 1, 256, dtype=torch.int64))
+            GPT(GPTConfig(block_size=256, vocab_size=2000, recompute=recompute))(idx, idx)
         kept.append(sum(t.nbytes for t in seen.values()))
     assert kept[1] < 0.6 * kept[0], kept
 
@@ -846,23 +813,20 @@ def test_any_length_and_generate():
         model(torch.zeros(1, 33, dtype=torch.int64))
 
 
-def test_flops():
-    model = small_model()
-    for send, span in (('codec', 32), ('local', model.config.chunk_size)):
-        model.set_send(send)
-        flops = 6 * model.get_num_params() + 6 * 2 * 48 * span
-        assert model.flops_per_token() == flops
-        assert model.estimate_mfu(2, 0.5, 1e12) == pytest.approx(flops * 32 * 2 / 0.5 / 1e12)
-
-
 @pytest.mark.parametrize('options', (dict(), PAPER), ids=str)
-def test_only_matrices_decay(options):
+def test_decay_and_flops(options):
+    """Only matrices decay. The FLOPs of 6 a parameter and of what attention sees."""
     model = small_model(**options)
     groups = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu').param_groups
     decay = {id(p): g['weight_decay'] for g in groups for p in g['params']}
     for name, p in model.named_parameters():
         expected = 0.1 if p.dim() == 2 and 'codec' not in name else 0.0
         assert decay.get(id(p)) == (expected if p.requires_grad else None), name
+    for send, span in (('codec', 32), ('local', model.config.chunk_size)):
+        model.set_send(send)
+        flops = 6 * model.get_num_params() + 6 * 2 * 48 * span
+        assert model.flops_per_token() == flops
+        assert model.estimate_mfu(2, 0.5, 1e12) == pytest.approx(flops * 32 * 2 / 0.5 / 1e12)
 
 
 # -----------------------------------------------------------------------------
