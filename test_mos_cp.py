@@ -23,7 +23,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -90,20 +90,17 @@ def dense_attend(ring, q, k, v, payload, codec, params, table, tokens, span):
 # -----------------------------------------------------------------------------
 # kernels.py
 
-def test_merge_does_not_overflow():
-    ones = torch.ones(1, 2, 1, 4)
-    out, lse = ones.clone(), torch.tensor([1e4, -1e4]).view(1, 2, 1)
-    kernels.merge(out, lse, 3 * ones, torch.full((1, 2, 1), -1e4))
-    assert out[0, :, 0, 0].tolist() == pytest.approx([1, 2], rel=1e-3) and lse[0, 0, 0] == 1e4
-
-
-def test_sums_over_blocks_are_float32():
-    """256 + 1 + 1 is 256 if it is added up in bfloat16."""
-    ones, dq = torch.ones(1, 4, 1, 1).bfloat16(), None
-    parts, call = (256 * ones, ones, ones), kernels.Call(1, slice(4), slice(4), False)
+def test_sums_over_blocks():
+    """A merge does not overflow. Gradients add up in float32: in bfloat16, 256 + 1 + 1 is 256."""
+    ones, dq = torch.ones(1, 4, 1, 1), None
+    out, lse = ones.clone(), torch.tensor([1e4, -1e4, 1e4, 1e4]).view(1, 4, 1)
+    kernels.merge(out, lse, 3 * ones, torch.full((1, 4, 1), -1e4))
+    assert out.flatten().tolist() == pytest.approx([1, 2, 1, 1], rel=1e-3) and lse[0, 0, 0] == 1e4
+    ones, call = ones.bfloat16(), kernels.Call(1, slice(4), slice(4), False)
+    parts = [(x * ones,) * 3 for x in (256, 1, 1)]
     for part in parts:  # block after block
-        dq = kernels.add_gradients(dq, [(part,) * 3], [call], ones, ones)[0]
-    dk = kernels.add_gradients(None, [(part,) * 3 for part in parts], [call] * 3, ones, ones)[1]
+        dq = kernels.add_gradients(dq, [part], [call], ones, ones)[0]
+    dk = kernels.add_gradients(None, parts, [call] * 3, ones, ones)[1]
     assert (dq == 258).all() and (dk == 258).all()
 
 
@@ -177,8 +174,8 @@ class FakeLink(Link):
         self.time += seconds
 
 
-def test_link_queues():
-    """8 Mbps is a byte a microsecond; 100 ms of latency."""
+def test_dialled_link():
+    """8 Mbps is a byte a microsecond. A rehearsal waits as a rank does."""
     link = FakeLink(mbps=8, latency_ms=100)
     # one after the other; an idle link sends at once
     assert [link.send(10**6, now) for now in (0.0, 0.0, 5.0)] == pytest.approx([1, 2, 6])
@@ -188,12 +185,9 @@ def test_link_queues():
         assert link.time == pytest.approx(arrives)
     no_limit = Link(latency_ms=1)
     assert no_limit.dialled and no_limit.send(10**9, now=1.0) == 1.0 and not Link().dialled
-
-
-def test_rehearsal_waits_as_a_rank_does():
-    """1000 float64 over 8 Mbps: 8 ms, and 5 ms of latency; an average over 4: 12 ms and 6 x 5."""
-    link = FakeLink(mbps=8, latency_ms=5)
-    ring, x = Rehearsal(4, link), torch.arange(1000.0, dtype=torch.float64)
+    # 1000 float64: 8 ms, and 5 ms of latency; an average over 4: 12 ms and 6 x 5
+    link, x = FakeLink(mbps=8, latency_ms=5), torch.arange(1000.0, dtype=torch.float64)
+    ring = Rehearsal(4, link)
     waits = [ring.exchange([x], hop, 'fwd') for hop in (1, 2)]
     assert link.time == 0.0
     for wait, expected in zip(waits, (0.013, 0.021)):
@@ -254,8 +248,8 @@ def attention_case(ring, n_chunks, n_head, n_kv_head, span, keep, dtype=torch.fl
     codec.keep = keep
     shapes = dict(q=(B, T, n_head, hd), k=(B, T, n_kv_head, hd), v=(B, T, n_kv_head, hd),
                   latent=(B, T, 5), per_chunk=(B, n_chunks, 1), weight=(5, d), table=(9, d))
-    shapes = {name: shape for name, shape in shapes.items() if span or name not in 'kv'}
-    whole = {name: double(*shape, generator=g) for name, shape in shapes.items()}
+    whole = {name: double(*shape, generator=g) for name, shape in shapes.items()
+             if span or name not in 'kv'}
     dout, all_tokens = double(B, T, n_head, hd, generator=g), torch.randint(9, (B, T), generator=g)
     rope_table = kernels.rope_table(T, hd, base=10.0).double()
 
@@ -270,18 +264,18 @@ def attention_case(ring, n_chunks, n_head, n_kv_head, span, keep, dtype=torch.fl
         out = attend(ring, t['q'], t.get('k'), t.get('v'), (t['latent'], t['per_chunk']), codec,
                      (t['weight'], t['table']), rope_table[where].to(dtype),
                      all_tokens[:, where].transpose(0, 1), span * L)
-        return out, dict(zip(t, torch.autograd.grad(out, list(t.values()), dout)))
+        gradients = torch.autograd.grad(out, list(t.values()), dout)
+        return dict(zip(t, gradients), out=out)
 
-    expected_out, expected = run(dense_attend, Ring(), whole, dout)
-    out, found = run(attend, ring, {name: part(name, x) for name, x in whole.items()},
-                     part('dout', dout))
+    expected = run(dense_attend, Ring(), whole, dout)
+    found = run(attend, ring, {name: part(name, x) for name, x in whole.items()},
+                part('dout', dout))
     for name in ('weight', 'table'):  # every rank has the share of its own queries
         ring.all_reduce(found[name], 'a test')
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.3}[dtype]
-    assert out.dtype == dtype
-    for name, x in (('out', out), *found.items()):
-        want = part(name, {'out': expected_out, **expected}[name]).double()
-        assert_close(x.double(), want, 'd' + name, tolerance)
+    assert found['out'].dtype == dtype
+    for name, x in found.items():
+        assert_close(x.double(), part(name, expected[name]).double(), name, tolerance)
 
 
 @check
@@ -319,21 +313,20 @@ def one_shard_is_ahead_without_keep(ring):
 @check
 def dialled_link_delays_exchanges(ring):
     """1000 float64 over 8 Mbps, a MB a second: 8 ms, and 5 ms of latency. Rank r's clock: r s."""
-    P, link = ring.world_size, FakeLink(mbps=8, latency_ms=5)
-    dialled, link.time = Ring(ring.group, link), float(ring.rank)
-    x, source = torch.full((1000,), float(ring.rank), dtype=torch.float64), (ring.rank - 1) % P
+    P, rank, link = ring.world_size, ring.rank, FakeLink(mbps=8, latency_ms=5)
+    dialled, link.time = Ring(ring.group, link), float(rank)
+    x, source = torch.full((1000,), float(rank), dtype=torch.float64), (rank - 1) % P
     waits = [dialled.exchange([x], 1, 'fwd') for _ in range(2)] if P > 1 else []
-    assert link.time == ring.rank  # posting waits for nothing
+    assert link.time == rank  # posting waits for nothing
     for n, wait in enumerate(waits, start=1):
-        received, = wait()
-        assert (received == source).all()
-        assert abs(link.time - max(ring.rank, source + n * 0.008 + 0.005)) < 1e-9, link.time
+        assert (wait()[0] == source).all()
+        assert link.time == pytest.approx(max(rank, source + n * 0.008 + 0.005), abs=1e-9)
     dialled.meter.clear()
-    link.time = 100.0 + ring.rank
+    link.time = 100.0 + rank
     average([x], dialled)  # begins when the last rank does; 2 (P - 1) / P of 8000 bytes each way
     n_bytes, took = 2 * (P - 1) * 8000 // P, P - 1 + 2 * (P - 1) / P * 0.008 + 2 * (P - 1) * 0.005
     assert abs(x.mean() - (P - 1) / 2) < 1e-12 and (x == x[0]).all()
-    assert abs(link.time - 100 - took) < 1e-9, link.time
+    assert link.time == pytest.approx(100 + took, abs=1e-9)
     assert list(dialled.meter.values()) == ([n_bytes, n_bytes, 1] if P > 1 else []), dialled.meter
 
 
@@ -485,17 +478,14 @@ def meter_equals_formula(ring):
 @check
 def quantised_gradients_are_unbiased(ring):
     """One gradient is off, by a little; the mean of many is not. Forward is the same."""
+    def gradients(model):
+        loss = model(*random_tokens(seeded(5)))[1]
+        weights = [p for name, p in model.named_parameters() if 'c_kv' in name]
+        return loss, torch.cat([t.flatten() for t in torch.autograd.grad(loss, weights)])
     for dtype, n in (('int8', 40), ('int4', 60)) if ring.world_size == 2 else ():
         exact, rounded = (small_model(ring, grad_wire_dtype=d) for d in ('same', dtype))
-        idx, targets = random_tokens(seeded(5))
         torch.manual_seed(ring.rank)
-
-        def gradients(model):
-            loss = model(idx, targets)[1]
-            weights = [p for name, p in model.named_parameters() if 'c_kv' in name]
-            return loss, torch.cat([t.flatten() for t in torch.autograd.grad(loss, weights)])
-        loss, expected = gradients(exact)
-        found = [gradients(rounded) for _ in range(n)]
+        (loss, expected), found = gradients(exact), [gradients(rounded) for _ in range(n)]
         assert all(l == loss for l, _ in found)
         one = sum(relative_error(f, expected) for _, f in found) / n
         mean = relative_error(sum(f for _, f in found) / n, expected)
@@ -509,13 +499,12 @@ def warm_start_agrees_over_ranks(ring):
     for guess_dim in (5, 0):
         model, alone = (small_model(r, guess_dim=guess_dim) for r in (ring, None))
         moments = [ring.all_reduce(m, 'moments') for m in model.moments(idx)] + model.moments()
-        kvs.clear()
         for block in alone.h:
             block.attn.c_kv.register_forward_hook(lambda *call: kvs.append(call[2].flatten(0, 1)))
         alone(idx)
         e = alone.wte(idx).flatten(0, 1)
         e = e / e.square().mean(-1, keepdim=True).sqrt()
-        rows = [(Z, e) for Z in kvs] + [(b.attn.c_kv.weight.T, 0 * e[:48]) for b in alone.h]
+        rows = [(Z, e) for Z in kvs[-2:]] + [(b.attn.c_kv.weight.T, 0 * e[:48]) for b in alone.h]
         assert len(moments) == len(rows)
         for i, (m, (Z, e)) in enumerate(zip(moments, rows)):
             X = torch.cat((Z, *[e][:guess_dim], torch.ones_like(e[:, :1])), dim=1)
@@ -661,30 +650,30 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
     W, basis = double(32, 16, generator=g), double(6, 32, generator=g)
 
     def rows(n):
-        tokens = torch.randint(50, (n,), generator=g)
-        e = torch.nn.functional.rms_norm(embedding[tokens], (16,))
+        tokens = torch.randint(50, (1, n), generator=g)
+        e = torch.nn.functional.rms_norm(embedding[tokens[0]], (16,))
         Z = e @ W.T + double(n, 6, generator=g) @ basis + 0.01 * double(n, 32, generator=g) + 1
         return tokens, torch.cat((Z, e, torch.ones(n, 1)), dim=1)
-    _, X = rows(4000)
-    tokens, held_out = rows(400)
+    (_, X), (tokens, held_out) = rows(4000), rows(400)
     kv = held_out[:, :32].view(1, -1, 2, 2, 8)
 
     def left(**options):
-        codec = mixture(**options)
+        codec = mixture(latent_dim=12, **options)
         start = X if codec.guess_dim else torch.cat((X[:, :32], X[:, -1:]), dim=1)
         codec.start(start.T @ start)
-        if len(codec.psi):  # theta says something from the start: psi of variance 1
-            theta = codec.compress(kv, tokens[None], codec.weights(embedding))[-1]
-            assert (theta.abs().mean(dim=(0, 1)) > 0.2).all() and theta.abs().max() < 1
         weights = codec.weights(embedding)
-        rebuilt = codec.expand(codec.compress(kv, tokens[None], weights), tokens[None], weights)
-        return relative_error(rebuilt, kv)
+        payload = codec.compress(kv, tokens, weights)
+        if len(codec.psi):  # theta says something from the start: psi of variance 1
+            theta = payload[-1].abs()
+            assert (theta.mean(dim=(0, 1)) > 0.2).all() and theta.max() < 1
+        return relative_error(codec.expand(payload, tokens, weights), kv)
     for k, joint_kv in itertools.product((0, 4), (True, False)):
-        options = dict(n_generators=k, joint_kv=joint_kv, latent_dim=12, latent_dim_k=6)
-        errors = [left(guess_dim=m, **options) for m in (0, 8, 99)]
+        options = dict(joint_kv=joint_kv, latent_dim_k=6)
+        errors = [left(guess_dim=m, n_generators=k, **options) for m in (0, 8, 99)]
         assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.05, (options, errors)
-        assert k or not joint_kv or [left(guess_dim=m, latent_dim=12, n_generators=4)
-                                     for m in (0, 8, 99)] == pytest.approx(errors, rel=1e-9)
+        if k == 0 and joint_kv:
+            mixed = [left(guess_dim=m, n_generators=4) for m in (0, 8, 99)]
+            assert mixed == pytest.approx(errors, rel=1e-9)
 
 
 def test_codecs_of_a_model():
@@ -717,18 +706,16 @@ def test_causality(options):
 
 
 def test_int4_and_topk_keep_what_they_say():
-    scale = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
-    kv = double(2, 32, 2, 3, 16) * scale[:, None]  # three heads of different size
-    codec = mos_cp.Full(GPTConfig(wire_dtype='int4'), 0)
+    kv = double(2, 32, 2, 3, 16, generator=seeded(0)) * torch.tensor([1, 10, 100])[:, None]
+    codec = mos_cp.Full(GPTConfig(wire_dtype='int4'), 0)  # a scale for each head
     rebuilt, = codec.unpack(codec.pack((kv,)), [16], kv.dtype)
-    half_step = 1.02 * kv.abs().amax(-1, keepdim=True) / 14
-    assert ((kv - rebuilt).abs() <= half_step).all()
+    assert ((kv - rebuilt).abs() <= 1.02 * kv.abs().amax(-1, keepdim=True) / 14).all()
     codec = mos_cp.TopK(GPTConfig(n_head=4, n_kv_head=1, n_embd=64, topk=0.25, send='topk'), 0)
-    kv = double(2, 32, 2, 1, 16)
+    kv = kv[..., :1, :]
     rebuilt = codec.expand(codec.compress(kv, None, ()), None, ())
     kept, size = rebuilt != 0, kv.abs()
     assert (kept.sum(-1) == 4).all() and torch.equal(rebuilt[kept], kv[kept])
-    assert (size.masked_fill(~kept, 9).amin(-1) >= size.masked_fill(kept, 0).amax(-1)).all()
+    assert (size.masked_fill(~kept, 999).amin(-1) >= size.masked_fill(kept, 0).amax(-1)).all()
 
 
 def test_exact_local_and_unplugged_models_are_exact():
@@ -755,8 +742,8 @@ def test_exact_local_and_unplugged_models_are_exact():
 
 def test_principal_directions():
     """Of the right span, and turned: numbers that share a scale are of one size."""
-    z = double(64, 8, generator=seeded(0)) * 5.0 ** -torch.arange(8)
-    z = z @ torch.linalg.qr(double(8, 8, generator=seeded(1)))[0]
+    turn = torch.linalg.qr(double(8, 8, generator=seeded(1)))[0]
+    z = double(64, 8, generator=seeded(0)) * 5.0 ** -torch.arange(8) @ turn
     U, V = mos_cp.principal_directions(z.T @ z, 6), torch.linalg.svd(z)[2][:6].T
     assert_close(U @ U.T, V @ V.T, 'projector', 1e-6)  # so U is orthonormal too
     shares = (z @ U).square().sum(0)
@@ -798,19 +785,18 @@ def test_recompute_keeps_less_for_backward():
 
 
 def test_any_length_and_generate():
-    model, idx = small_model(), torch.randint(50, (2, 32))
-    logits, loss = model(idx)
+    model, idx = small_model(), torch.randint(50, (2, 33), generator=seeded(0))
+    logits, loss = model(idx[:, :32])
     assert logits.shape == (2, 32, 50) and loss is None
     short, loss = model(idx[:, :5], idx[:, 1:6])  # no multiple of the chunk: padded, unseen
     assert_close(short, logits[:, :5], 'logits')
-    assert torch.isfinite(loss)
     out = model.generate(idx[:, :30], 6, top_k=1)  # runs past block_size
-    assert out.shape == (2, 36) and torch.equal(out[:, :30], idx[:, :30])
+    assert out.shape == (2, 36) and torch.equal(out[:, :30], idx[:, :30]) and loss.isfinite()
     assert torch.equal(out[:, 30], model(idx[:, :30])[0][:, -1].argmax(-1))
     with pytest.raises(ValueError, match='at least one token'):
         model.generate(idx[:, :0], 1)
     with pytest.raises(ValueError, match=r'sequence length \(33\) is above block_size \(32\)'):
-        model(torch.zeros(1, 33, dtype=torch.int64))
+        model(idx)
 
 
 @pytest.mark.parametrize('options', (dict(), PAPER), ids=str)
@@ -981,17 +967,18 @@ def test_readme_names_only_flags_that_exist():
 
 def test_plan(capsys):
     """--plan against the numbers written out: 4 ranks, 2 layers of d = 32, 128 tokens, bf16."""
+    def said(*argv):
+        assert train.main(['--plan', *argv]) is None
+        return capsys.readouterr().out
     sizes = dict(block_size=128, n_chunks=8, n_layer=2, n_head=4, n_embd=32, latent_dim=6,
                  n_generators=0, guess_dim=0)
     flags = dict(sizes, cp=4, batch_size=1000, wire_dtype='int4', grad_wire_dtype='compute',
                  sync_every=10, tflops=6e-4)  # full: forward waits for the wire, backward hides it
-    assert train.main(['--plan', *(f'--{k}={v}' for k, v in flags.items())]) is None
-    said = capsys.readouterr().out
-    assert 'at 1000 Mbit/s' in said and max(map(len, said.splitlines())) <= 100
-    train.main(['--plan', '--link_mbps=300', *(f'--{k}={v}' for k, v in flags.items())])
-    said = capsys.readouterr().out
-    assert 'at 1000 Mbit/s' not in said
-    rows = dict(re.split('  +', line, maxsplit=1) for line in said.splitlines() if '   ' in line)
+    argv = [f'--{k}={v}' for k, v in flags.items()]
+    assert 'at 1000 Mbit/s' in said(*argv) and max(map(len, said(*argv).splitlines())) <= 100
+    table = said(*argv, '--link_mbps=300')
+    assert 'at 1000 Mbit/s' not in table
+    rows = dict(re.split('  +', line, maxsplit=1) for line in table.splitlines() if '   ' in line)
     n, bases = 128_000, 2 * 64 * 6  # tokens an iteration; numbers in the bases
     full, quarter = 2 * 2 * 32 * 2 * 3 / 4, 2 * 2 * 8 * 2 * 3 / 4  # a token: K and V, 2 layers
     n_plain = GPT(GPTConfig(**sizes)).get_num_params() - bases
@@ -1008,9 +995,8 @@ def test_plan(capsys):
         assert rows[name].split()[:5] == [
             f'{n * (fwd + bwd) / 1e6:,.1f}', f'{sync / 1e6:,.1f}', f'{fwd_s + bwd_s:,.2f}',
             f'{sync_s:,.2f}', f'{n / (seconds + sync_s):,.0f}'], name
-    argv = ['--plan', '--preset=800m', '--block_size=132096', '--link_mbps=300']
-    train.main(argv)
-    enough = 1000 * float(capsys.readouterr().out.split()[-1][:-1].replace(',', ''))
+    argv = '--preset=800m', '--block_size=132096', '--link_mbps=300'
+    enough = 1000 * float(said(*argv).split()[-1][:-1].replace(',', ''))
     e = train.Estimate(train.parse_config(argv)[0], 8)
     shares = [e.seconds(n) / e.seconds(n, 300) for n in (enough - 1000, enough + 1000)]
     assert shares[0] < 0.95 < shares[1]
@@ -1261,24 +1247,26 @@ def test_resume_with_other_options(reference_run, tmp_path):
     small_run(tmp_path, '--max_iters=6')
     path, expected = tmp_path / 'ckpt.pt', reference_run[1]['val_loss']
     half = path.read_bytes()
+
+    def resumed(*argv):
+        return small_run(tmp_path, '--init_from=resume', *argv)
     for flag, changes in (('--weight_decay=3', True), ('--beta1=0.1', True),
                           ('--sync_every=3', False), ('--recompute', False)):
         path.write_bytes(half)
-        found = small_run(tmp_path, '--init_from=resume', '--max_iters=12', flag)['val_loss']
+        found = resumed('--max_iters=12', flag)['val_loss']
         assert (found != pytest.approx(expected, rel=1e-6)) == changes, (flag, found, expected)
     # as if interrupted just when the warm start was over
-    argv = '--init_from=resume', '--warm_start=12', '--max_iters=14'
-    evaluated = small_run(tmp_path, *argv, '--eval_only')['val_loss']
-    assert evaluated == small_run(tmp_path, *argv)['records'][0]['val_loss'] != found
+    argv = '--warm_start=12', '--max_iters=14'
+    evaluated = resumed(*argv, '--eval_only')['val_loss']
+    assert evaluated == resumed(*argv)['records'][0]['val_loss'] != found
     checkpoint = torch.load(path, weights_only=True)
     checkpoint['config']['warm_start'] = 20
-    torch.save(checkpoint, path)
-    with pytest.raises(SystemExit, match=r"\(3\) must be at least the checkpoint's iteration \(14"):
-        small_run(tmp_path, '--init_from=resume', '--max_iters=30')
-    del checkpoint['config']['cp']
-    torch.save(checkpoint, path)
-    with pytest.raises(SystemExit, match='another version of this code, which differs in --cp'):
-        small_run(tmp_path, '--init_from=resume')
+    for message in (r"\(3\) must be at least the checkpoint's iteration \(14",
+                    'another version of this code, which differs in --cp'):
+        torch.save(checkpoint, path)
+        with pytest.raises(SystemExit, match=message):
+            resumed('--max_iters=30')
+        checkpoint['config'].pop('cp', None)
 
 
 def test_optimizer_moves_to_a_gpu():
@@ -1352,14 +1340,13 @@ def test_resume_after_a_kill_is_bit_equal(tmp_path, how, argv):
     than a silent peer is waited for. kill: all save a last checkpoint.
     """
     argv = [*SMALL, '--timeout_s=5', '--wire_dtype=int8', '--init_from=auto', *argv.split()]
-    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    whole, killed, dies = tmp_path / 'whole', tmp_path / 'killed', how == signal.SIGKILL
     assert run_two(whole, *argv, sabotage=(slow_disk,))[0] == [0, 0]
-    kill = end_at, 1, 'exchange', 'bwd', 44 if how == signal.SIGKILL else 20, how
+    kill = end_at, 1, 'exchange', 'bwd', 44 if dies else 20, how
     codes, said = run_two(killed, *argv, sabotage=kill)
-    assert codes == ([1, -how] if how == signal.SIGKILL else [128 + how] * 2), said
-    assert max(losses(killed)) < 11
-    n = train.load_checkpoint(killed / 'ckpt.pt')['iter_num']
-    assert n in (6, 8) if how == signal.SIGKILL else n == max(losses(killed)) + 1
+    assert codes == ([1, -how] if dies else [128 + how] * 2), said
+    last, n = max(losses(killed)), train.load_checkpoint(killed / 'ckpt.pt')['iter_num']
+    assert last < 11 and (n in (6, 8) if dies else n == last + 1)
     assert run_two(killed, *argv)[0] == [0, 0]
     assert losses(killed) == losses(whole) and len(losses(whole)) == 12
 
@@ -1448,49 +1435,22 @@ def test_ranks_that_disagree_are_named(tmp_path, what, message):
 
 
 def test_a_loopback_address_is_refused_on_several_machines(monkeypatch):
-    def no_network(*args, **kwargs):
-        raise RuntimeError('no network')
-    monkeypatch.setattr(dist, 'rendezvous', no_network)
-    for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+    for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT', 'GLOO_SOCKET_IFNAME'):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dist, 'rendezvous', Mock(side_effect=RuntimeError('no network')))
     monkeypatch.setattr(train, 'address_of', lambda n: n if n == '10.9.0.1' else '127.0.0.1')
-    monkeypatch.delenv('GLOO_SOCKET_IFNAME', raising=False)
     c, _ = train.parse_config(['--device=cpu'])
-    for name, value in dict(WORLD_SIZE='2', LOCAL_RANK='0', RANK='0', MASTER_ADDR='10.9.0.1',
-                            MASTER_PORT='1').items():
-        if 'WORLD_SIZE' in os.environ and name != 'LOCAL_RANK':
-            with pytest.raises(ValueError, match=f'WORLD_SIZE is 2 and {name} is not set'):
-                train.World(c)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    for name, value in dict(RANK='0', MASTER_ADDR='10.9.0.1', MASTER_PORT='1').items():
+        with pytest.raises(ValueError, match=f'WORLD_SIZE is 2 and {name} is not set'):
+            train.World(c)
         monkeypatch.setenv(name, value)
     for n_local, message in ((1, r'tell them 127\.0\.0\.1, .* GLOO_SOCKET_IFNAME'),
                              (2, r'does not reach the others \(no network\)')):
         monkeypatch.setenv('LOCAL_WORLD_SIZE', str(n_local))
         with pytest.raises(ValueError, match=message):
             train.World(c).join(c, {})
-
-
-def save_for_ever(path):
-    for i in itertools.count():
-        rest = dict.fromkeys(('optimizer', 'config', *train.STATE), i)
-        train.save_checkpoint(path, {**rest, 'model': torch.full((200_000,), i)})
-
-
-def test_killed_while_saving(tmp_path):
-    """20 times, at random moments: there is one whole checkpoint, never older than before."""
-    path, rng = tmp_path / 'ckpt.pt', np.random.default_rng(0)
-    for _ in range(20):
-        process = FORKS.Process(target=save_for_ever, args=(path,))
-        process.start()
-        while not path.exists():
-            assert process.is_alive() and not time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.02))
-        seen = train.load_checkpoint(path)['iter_num']
-        process.kill()
-        process.join()
-        checkpoint = train.load_checkpoint(path)
-        assert (checkpoint['model'] == checkpoint['iter_num']).all()
-        assert checkpoint['iter_num'] >= seen
-        path.unlink()
 
 
 @contextmanager
@@ -1504,27 +1464,35 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, capfd, monkeypatch):
-    """Neither it nor the log loses what they had; the log has whole lines, also afterwards."""
+def test_there_is_always_a_whole_checkpoint(tmp_path, capfd, monkeypatch):
+    """The old one until the new one takes its place; on a full disk, and of the log whole lines."""
     small_run(tmp_path, '--max_iters=6')
-    path, log = tmp_path / 'ckpt.pt', tmp_path / 'log.jsonl'
-    before = path.read_bytes(), log.read_bytes()
+    path, log, whole = tmp_path / 'ckpt.pt', tmp_path / 'log.jsonl', []
+    before, replace, write = (path.read_bytes(), log.read_bytes()), os.replace, train.Log.write
+    resume = '--init_from=resume', '--max_iters=12'
     with full_disk(1000), pytest.raises(SystemExit, match='log.jsonl cannot be .*too large'):
-        small_run(tmp_path, '--init_from=resume')
+        small_run(tmp_path, *resume)
     assert (path.read_bytes(), log.read_bytes()) == before
     with full_disk(20_000):
-        result = small_run(tmp_path, '--init_from=resume', '--max_iters=12')
+        result = small_run(tmp_path, *resume)
     assert result['iter_num'] == 12 and path.read_bytes() == before[0]
     assert not list(tmp_path.glob('*.tmp'))
     sentence = 'could not write .*ckpt.pt .*; the checkpoint before it is untouched'
     assert re.search(sentence, capfd.readouterr().err)
-    write = train.Log.write
+
+    def replacing(source, target):
+        if target == path:
+            whole.append([train.load_checkpoint(f)['iter_num'] for f in (source, target)])
+        replace(source, target)
 
     def sometimes_full(self, record):  # during iteration 8
         with full_disk(log.stat().st_size + 5) if record['iter'] == 8 else nullcontext():
             write(self, record)
+    monkeypatch.setattr(os, 'replace', replacing)
     monkeypatch.setattr(train.Log, 'write', sometimes_full)
-    small_run(tmp_path, '--init_from=resume', '--max_iters=12')
+    (tmp_path / 'ckpt.tmp').touch()  # of a run that was killed
+    small_run(tmp_path, *resume)
+    assert whole == [[12, 6]]
     assert [r['iter'] for r in read_log(tmp_path)] == [*range(8), *range(9, 13)]
 
 
@@ -1553,21 +1521,20 @@ def test_out_dir(tmp_path, monkeypatch):
 def test_bad_checkpoints_are_refused(reference_run, tmp_path):
     whole, path = (reference_run[0] / 'ckpt.pt').read_bytes(), tmp_path / 'ckpt.pt'
     checkpoint = torch.load(reference_run[0] / 'ckpt.pt', weights_only=True)
-
-    def refused(message):
-        with pytest.raises(SystemExit, match=message):
-            small_run(tmp_path, '--init_from=auto')
-    for content in (whole[:len(whole) // 2], b'', b'something else'):
-        path.write_bytes(content)
-        refused('ckpt.pt is damaged or not a checkpoint')
-    for other in (Path('code that must not run'), torch.ones(3), {'model': {}}):
-        torch.save(other, path)
-        refused('ckpt.pt is damaged or not a checkpoint')
     wrong = dict(checkpoint['model'], **{'wte.weight': torch.ones(256, 16)})
-    for change in ({'model': wrong}, {'model': {}}, {'optimizer': {}},
-                   {'optimizer': {'state': {}, 'param_groups': []}}):
-        torch.save({**checkpoint, **change}, path)
-        refused('ckpt.pt does not fit the model')
+    changes = ({'model': wrong}, {'model': {}}, {'optimizer': {}},
+               {'optimizer': {'state': {}, 'param_groups': []}})
+    for message, contents in (
+            ('is damaged or not a checkpoint', (
+                whole[:len(whole) // 2], b'', b'something else', Path('code that must not run'),
+                torch.ones(3), {'model': {}})),
+            ('does not fit the model', [{**checkpoint, **change} for change in changes])):
+        for content in contents:
+            torch.save(content, path)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            with pytest.raises(SystemExit, match='ckpt.pt ' + message):
+                small_run(tmp_path, '--init_from=auto')
 
 
 # -----------------------------------------------------------------------------
@@ -1628,9 +1595,9 @@ def test_fuzz(seed, tmp_path):
     assert isinstance(alone, dict), (what, alone)
     found, default = losses(many), 'int4' if flags['send'] == 'mixture' else 'compute'
     gradient = flags.get('grad_wire_dtype', flags.get('wire_dtype', default))
-    # after the first step as well as before it
+    # after the first step as well as before it, unless so few tokens span fewer directions than
+    # asked for: a rotation mixes the others in
     exact = flags['sync_every'] == 1 and gradient == 'compute' and not (
-        # so few tokens span fewer directions than asked for; a rotation mixes the others in
         flags['warm_start'] and flags['send'] == 'mixture')
     assert found[0] == pytest.approx(alone[0], rel=1e-9), what
     assert found[1] == pytest.approx(alone[1], rel=1e-9 if exact else 0.05), what
