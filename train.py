@@ -56,7 +56,7 @@ class RunConfig:
     init_from: str = 'scratch'  # scratch, resume (out_dir/ckpt.pt), or auto: if it is there
     log_interval: int = 25  # iterations between log lines
     eval_interval: int = 250  # iterations between validations with checkpoints (at the next sync)
-    eval_iters: int = 8  # batches per validation
+    eval_iters: int = 32  # batches per validation
     eval_only: bool = False  # validate once and stop
     always_save_checkpoint: bool = True  # False: only when the validation loss is the best so far
     prompt: str = 'def '  # text to continue at the end of the run (byte-level data only)
@@ -68,10 +68,10 @@ class RunConfig:
     batch_size: int = 16  # sequences per micro-step
     gradient_accumulation_steps: int = 1  # micro-steps per iteration, shared out over dp
     max_iters: int = 500  # iterations
-    learning_rate: float = 4e-3  # peak learning rate of AdamW
+    learning_rate: float = 2e-3  # peak learning rate of AdamW
     warmup_iters: int = 20  # iterations of linear warm-up
     lr_decay_iters: int = 0  # iteration at which the cosine decay ends; 0: max_iters
-    min_lr: float = 4e-4  # learning rate at the end of the decay
+    min_lr: float = 2e-4  # learning rate at the end of the decay
     codec_lr: float = 0.3  # learning rate of the codecs, as a fraction of the others'
     weight_decay: float = 0.1  # weight decay of the matrices
     beta1: float = 0.9  # AdamW's beta1
