@@ -12,7 +12,6 @@ import argparse
 import bisect
 import difflib
 import errno
-import fcntl
 import glob
 import inspect
 import json
@@ -28,7 +27,7 @@ import textwrap
 import time
 import zlib
 from collections import Counter
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -252,14 +251,13 @@ def check_chunks(c, cp):
 
 def stdlib_source():
     """Python's standard library as bytes -> (training part, validation part: every tenth file)."""
-    root, files = sysconfig.get_path('stdlib'), []
-    skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
-    for folder, subfolders, names in os.walk(root):
+    skip, paths = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages'}, []
+    for folder, subfolders, names in os.walk(sysconfig.get_path('stdlib')):
         subfolders[:] = set(subfolders) - skip
-        files += [Path(folder, name) for name in names if name.endswith('.py')]
-    texts = [path.read_bytes() for path in sorted(files)]
-    parts = [b'\n'.join(t for i, t in enumerate(texts) if (i % 10 == 9) == val) for val in (0, 1)]
-    return [[np.frombuffer(part, dtype=np.uint8)] for part in parts]
+        paths += [Path(folder, name) for name in names if name.endswith('.py')]
+    texts = [path.read_bytes() for path in sorted(paths)]
+    parts = [t for i, t in enumerate(texts) if i % 10 != 9], texts[9::10]
+    return [[np.frombuffer(b'\n'.join(part), dtype=np.uint8)] for part in parts]
 
 
 # a header of 256 int32 begins with one of these, a version and the number of tokens: shards of
@@ -268,16 +266,12 @@ HEADERS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
 
 
 def read_tokens(path):
-    """
-    One file as an array of tokens: .bin with a header or without (nanoGPT: uint16), anything else
-    as bytes. Raises ValueError if a .bin is not what its size or header says.
-    """
-    size = os.path.getsize(path)
+    """A file as an array: .bin (uint16, or what its header says), all else as bytes."""
     if not path.endswith('.bin'):
         return np.memmap(path, dtype=np.uint8, mode='r')
+    size, header = os.path.getsize(path), np.fromfile(path, dtype=np.int32, count=3).tolist()
     if size % 2:
         raise ValueError(f'{path} has an odd number of bytes ({size}): it holds no uint16 tokens')
-    header = np.fromfile(path, dtype=np.int32, count=3).tolist()
     if len(header) == 3 and header[0] in HEADERS:
         version, dtype = HEADERS[header[0]]
         n_tokens = max(0, size - 1024) // dtype().itemsize
@@ -295,10 +289,9 @@ def read_tokens(path):
 
 def read_all(pattern):
     """A file, or all files that match a glob (** is any depth), but empty ones."""
-    paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    check(paths, f'no file matches {pattern!r}', 'data', 'val_data')
-    paths = [p for p in paths if os.path.getsize(p) and (os.path.isfile(p) or p == pattern)]
-    check(paths, f'{pattern} is empty', 'data', 'val_data')
+    found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    paths = [p for p in found if os.path.getsize(p) and (os.path.isfile(p) or p == pattern)]
+    check(paths, f'no file matches {pattern!r}, or it is empty', 'data', 'val_data')
     needed, (soft, hard) = len(paths) + 500, resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < needed <= hard:  # every mapped file holds a descriptor
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
@@ -333,10 +326,7 @@ def fingerprint(shards):
 
 
 def get_batch(c, shards, vocab_size, rng):
-    """
-    Random windows, uniform over all starting points -> idx, targets (batch_size, block_size) int64.
-    Raises ValueError if they have a token outside the vocabulary.
-    """
+    """Random windows, uniform over all starting points -> idx, targets. Raises ValueError."""
     before = np.cumsum([0, *(max(0, len(s) - c.block_size) for s in shards)])  # starting points
     rows = []
     for position in rng.integers(before[-1], size=c.batch_size):
@@ -353,12 +343,10 @@ N_VALUES = 8  # of a needle: chance is a loss of log(8) = 2.08
 
 def needle_batch(c, rng):
     """
-    --data=needle -> idx, targets (batch_size, block_size) int64.
-
-    The first half of a sequence states facts, each a token of its own that says key and value; no
-    key comes twice. The second half asks for each key once, and the target is its value; there are
-    no other targets. A chunk of the second half asks for what one chunk of the first half states;
-    with two ranks or more that lies on another one.
+    --data=needle -> idx, targets. The first half of a sequence states facts, each a token of its
+    own that says key and value; no key comes twice. The second half asks for each key once, and the
+    target is its value; there are no other targets. A chunk of the second half asks for what one
+    chunk of the first half states; with two ranks or more that lies on another one.
     """
     B, n_keys, n_chunks = c.batch_size, c.block_size // 2, c.n_chunks
     shape = B, n_chunks // 2, c.block_size // n_chunks
@@ -377,29 +365,28 @@ class Batches:
     """Whole sequences, the same for all ranks of a ring. A batch is a function of numbers."""
 
     def __init__(self, c, world):
-        """Raises ValueError or OSError if there is something wrong with the data."""
         self.c, self.world, self.vocab_size = c, world, model_config(c).vocab_size
         self.train, self.val = ([], []) if c.data == 'needle' else load_data(c)
         self.per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size  # tokens
 
     def get(self, shards, *seed):
-        """-> idx, targets (batch_size, block_size)"""
+        """-> idx, targets (batch_size, block_size) int64"""
         c, rng = self.c, np.random.default_rng(seed)
         try:
             batch = get_batch(c, shards, self.vocab_size, rng) if shards else needle_batch(c, rng)
         except ValueError as e:  # perhaps of this rank alone
             fail(e)
         if self.world.device.type == 'cuda':
-            return [t.pin_memory().to(self.world.device, non_blocking=True) for t in batch]
+            batch = [t.pin_memory().to(self.world.device, non_blocking=True) for t in batch]
         return batch
 
     def training(self, iter_num, micro):
-        world = self.world
-        return self.get(self.train, 0, self.c.seed, iter_num, micro * world.dp + world.dp_rank)
+        micro = micro * self.world.dp + self.world.dp_rank
+        return self.get(self.train, 0, self.c.seed, iter_num, micro)
 
     def validation(self):
-        return (self.get(self.val, 1, k)
-                for k in range(self.world.dp_rank, self.c.eval_iters, self.world.dp))
+        mine = range(self.world.dp_rank, self.c.eval_iters, self.world.dp)
+        return (self.get(self.val, 1, k) for k in mine)
 
 
 # -----------------------------------------------------------------------------
@@ -449,27 +436,22 @@ def plan(c):
     check(c.tflops > 0, f'--plan needs tflops ({c.tflops:g}) above 0', 'tflops')
     check_chunks(c, P)
     full = dict(send='full', wire_dtype='compute', grad_wire_dtype='same', compress_last=True)
-    quarter, n_kv_head = c.n_head // 4 if c.n_head % 4 == 0 else 1, c.n_kv_head or c.n_head
     paper = dict(send='mixture', latent_dim=paper_latent_dim(vars(c)), latent_dim_k=0)
     rows = {'--send=full': full}
-    if c.n_head % P == n_kv_head % P == 0:  # each rank has some of the heads
+    if c.n_head % P == (c.n_kv_head or c.n_head) % P == 0:  # each rank has some of the heads
         rows['Ulysses'] = dict(full, ulysses=True)
-    if quarter < n_kv_head:
-        rows[f'--send=full --n_kv_head={quarter}'] = dict(full, n_kv_head=quarter)
-    rows['--send=topk'] = dict(full, send='topk')
-    rows['--send=full --wire_dtype=int4'] = dict(full, wire_dtype='int4')
     if c.n_layer > 1:  # the paper leaves out the last layer
         rows['--method=paper'] = {**full, **METHODS['paper'], **paper}
+    rows['this configuration'] = {}
     said = textwrap.fill(
-        f'{P} ranks of {c.tflops:g} TFLOP/s (--tflops; 370: an H100), {n_sequences * n:,} tokens '
-        'an iteration, bf16 unless --dtype says otherwise. Computed: what the ring and the sync of '
-        'weights or gradients cost a rank in an iteration; tokens/s, if a layer\'s exchange hides '
-        'under its attention and the sync under nothing; the context from which the ring alone has '
-        '95% of its speed without a slow link.', 100)
+        f'{P} ranks of {c.tflops:g} TFLOP/s, {n_sequences * n:,} tokens an iteration. Computed: '
+        'what the ring and the sync of weights or gradients cost a rank in an iteration; tokens/s, '
+        "if a layer's exchange hides under its attention and the sync under nothing; the context "
+        'from which the ring alone has 95% of its speed without a slow link.', 100)
     for mbps in [c.link_mbps] if c.link_mbps else [300, 1000]:
         said += (f'\n\n{f"at {mbps:g} Mbit/s":<32}{"ring, MB":>13}{"sync, MB":>10}{"ring, s":>11}'
                  f'{"sync, s":>9}{"tokens/s":>12}{"95% from":>11}')
-        for name, options in (*rows.items(), ('this configuration', {})):
+        for name, options in rows.items():
             e = Estimate(c, P, **options)
             ring, slow = n_sequences * n * (e.fwd + e.bwd), 8e-6 / mbps
             speed = n_sequences * n / (n_sequences * e.seconds(n, mbps) + e.sync * slow)
@@ -483,11 +465,11 @@ def plan(c):
 # -----------------------------------------------------------------------------
 # The processes
 
-def address_of(name):
+def is_loopback(name):
     try:
-        return socket.gethostbyname(name)
+        return socket.gethostbyname(name).startswith('127.')
     except OSError:
-        return 'nothing'
+        return False
 
 
 class World:
@@ -499,13 +481,12 @@ class World:
     def __init__(self, c):
         env, n = os.environ, c.gradient_accumulation_steps
         self.rank, self.n_processes = int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1))
-        missing = [k for k in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if k not in env]
-        if self.n_processes > 1 and missing:
-            raise ValueError(f'WORLD_SIZE is {self.n_processes} and {missing[0]} is not set')
+        for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+            if self.n_processes > 1 and name not in env:
+                raise ValueError(f'WORLD_SIZE is {self.n_processes} and {name} is not set')
         check(not c.rehearse or self.n_processes == 1, f'rehearse ({c.rehearse}) is for one '
               f'process, and there are {self.n_processes}', 'rehearse', 'nproc_per_node')
         self.world_size = c.rehearse or self.n_processes
-        self.n_local = int(env.get('LOCAL_WORLD_SIZE', 1))
         self.master, self.cp = self.rank == 0, c.rehearse or c.cp or self.world_size
         check(self.world_size % self.cp == 0, f'world size ({self.world_size}) must be a multiple '
               f'of cp ({self.cp})', 'cp', 'nproc_per_node')
@@ -513,16 +494,18 @@ class World:
         self.dp, self.dp_rank = self.world_size // self.cp, self.rank // self.cp
         check(n % self.dp == 0, f'gradient_accumulation_steps ({n}) must be a multiple of dp, '
               f'world size / cp ({self.dp})', 'gradient_accumulation_steps', 'cp')
-        self.n_micro, self.device = n // self.dp, self.pick_device(c.device)
-        default = 'bfloat16' if self.device.type == 'cuda' else 'float32'
+        self.n_micro, self.n_local = n // self.dp, int(env.get('LOCAL_WORLD_SIZE', 1))
+        self.device = self.pick_device(c.device)
+        cuda, link = self.device.type == 'cuda', Link(c.link_mbps, c.latency_ms)
+        default = 'bfloat16' if cuda else 'float32'
         self.dtype = getattr(torch, default if c.dtype == 'auto' else c.dtype)
         # no cache: a weight is used once in a forward pass, and a CUDA graph must not find one
         self.autocast = nullcontext() if self.dtype != torch.bfloat16 else torch.autocast(
             self.device.type, self.dtype, cache_enabled=False)
-        link, self.store = Link(c.link_mbps, c.latency_ms), None
-        self.can_graph = self.device.type == 'cuda' and not link.dialled  # that waits on the host
+        self.can_graph = cuda and not link.dialled  # a dialled link waits on the host
         self.ring = Rehearsal(self.cp, link) if c.rehearse else Ring(link=link)
-        self.width, self.terminated, self.stopping = len(str(c.max_iters)), False, False
+        self.width, self.store = len(str(c.max_iters)), None
+        self.terminated = self.stopping = False  # SIGTERM came; and all know it
 
     def say(self, text):
         if self.master and text:
@@ -534,9 +517,10 @@ class World:
     def pick_device(self, wanted):
         n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         said = f'{self.n_local} processes on this machine, {n_gpus} GPUs'
-        check(wanted != 'cuda' or n_gpus >= self.n_local, f'--device=cuda needs a GPU per process '
-              f'({said})', 'device', 'nproc_per_node')
-        if n_gpus < self.n_local or wanted == 'cpu':
+        enough = n_gpus >= self.n_local
+        check(wanted != 'cuda' or enough, f'--device=cuda needs a GPU per process ({said})',
+              'device', 'nproc_per_node')
+        if wanted == 'cpu' or not enough:
             self.say(f'running on CPU: {said}' * (n_gpus > 0 and wanted == 'auto'))
             return torch.device('cpu')
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
@@ -544,20 +528,17 @@ class World:
         return device
 
     def join(self, c, facts):
-        """
-        Make the process groups. facts: {name: value} that must be the same on every rank. Raises
-        ValueError if they are not, or if the others are not reached.
-        """
+        """Make the process groups. facts: {name: value}, the same on all. Raises ValueError."""
         if self.n_processes == 1:
             return
-        cuda, several_machines = self.device.type == 'cuda', self.n_local < self.world_size
-        first, own = os.environ['MASTER_ADDR'], socket.gethostname()
-        if several_machines and not cuda and 'GLOO_SOCKET_IFNAME' not in os.environ and (
-                address_of(own).startswith('127.') and not address_of(first).startswith('127.')):
+        cuda, first, own = self.device.type == 'cuda', os.environ['MASTER_ADDR'], (
+            socket.gethostname())
+        if not (cuda or 'GLOO_SOCKET_IFNAME' in os.environ or self.n_local == self.world_size
+                or is_loopback(first)) and is_loopback(own):
             raise ValueError(
-                f'the others could not reach this machine: gloo would tell them {address_of(own)}, '
-                f'the address of its name {own}. Set GLOO_SOCKET_IFNAME to the network interface '
-                f'that reaches {first} (ip address lists them)')
+                f'the others could not reach this machine: its name {own} has the address 127.*, '
+                'which gloo would tell them. Set GLOO_SOCKET_IFNAME to the network interface that '
+                f'reaches {first} (ip address lists them)')
         timeout = timedelta(seconds=c.timeout_s + 300 * c.compile)  # others may still be compiling
         try:
             store, _, _ = next(dist.rendezvous('env://', timeout=timeout))
@@ -574,10 +555,11 @@ class World:
                 f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): '
                 f'has one stopped? Is {first} the first machine, its port open, and the network '
                 'interface named in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME?') from e
-        for other, name in ((i, k) for i, theirs in enumerate(everyone) for k in theirs):
-            if everyone[other][name] != everyone[0][name]:
-                raise ValueError(f'rank {other} has {name} {everyone[other][name]}, and rank 0 has '
-                                 f'{everyone[0][name]}: they must be the same')
+        for other, theirs in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if theirs[name] != value:
+                    raise ValueError(f'rank {other} has {name} {theirs[name]}, and rank 0 has '
+                                     f'{value}: they must be the same')
         self.ring = Ring(group, self.ring.link)
 
     def average(self, tensors):
@@ -614,6 +596,22 @@ def sends_at(it, c):
     return 'full' if c.unplug_at and it >= c.unplug_at else 'codec'
 
 
+def replace(path, write):
+    """Write a file beside the old one and rename it: there is a whole one at every moment."""
+    temporary = path.with_suffix('.tmp')
+    try:
+        with open(temporary, 'wb') as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        e.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def load_checkpoint(path):
     """A checkpoint as `save` left it, on the CPU. Raises ValueError if it is not one."""
     check(path.exists(), f'there is no {path} here to resume from', 'init_from', 'out_dir')
@@ -634,21 +632,12 @@ def load_optimizer(optimizer, state):
 
 
 def save_checkpoint(path, checkpoint):
-    """
-    Written beside the old one and renamed: there is a whole checkpoint at every moment. A full disk
-    is said, and does not end the run.
-    """
-    temporary = path.with_suffix('.tmp')
+    """A full disk is said, and does not end the run."""
     try:
-        with open(temporary, 'wb') as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        replace(path, lambda f: torch.save(checkpoint, f))
     except (OSError, RuntimeError) as e:  # torch has its own words for a disk that is full
-        temporary.unlink(missing_ok=True)
-        print(f'train.py: could not write {path} ({str(e).splitlines()[0]}); the checkpoint before '
-              'it is untouched', file=sys.stderr)
+        print(f'train.py: could not write {path} ({str(e.args[-1]).splitlines()[0]}); the '
+              'checkpoint before it is untouched', file=sys.stderr)
 
 
 def build(c, world, checkpoint):
@@ -793,16 +782,11 @@ class Log:
         self.path = Path(c.out_dir, 'log.jsonl')
         self.writes = world.master and not c.rehearse and os.access(c.out_dir, os.W_OK)
         if self.writes:
-            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-            temporary, n = self.path.with_suffix('.tmp'), math.inf if c.eval_only else at.iter_num
-            kept = [line + b'\n' for line in lines if self.is_before(line, n)]
-            try:
-                temporary.write_bytes(
-                    b''.join(kept) + self.line({'iter': at.iter_num, 'config': vars(c)}))
-                os.replace(temporary, self.path)
-            except OSError as e:
-                temporary.unlink(missing_ok=True)
-                raise OSError(e.errno, e.strerror, self.path) from e
+            lines = self.path.read_bytes().splitlines(True) if self.path.exists() else []
+            n = math.inf if c.eval_only else at.iter_num
+            kept = [line for line in lines if self.is_before(line, n)]
+            config = self.line({'iter': at.iter_num, 'config': vars(c)})
+            replace(self.path, lambda f: f.writelines([*kept, config]))
 
     @staticmethod
     def line(record):  # JSON has neither NaN nor infinity: null
@@ -812,7 +796,7 @@ class Log:
     @staticmethod
     def is_before(line, iter_num):
         try:
-            return json.loads(line)['iter'] < iter_num
+            return json.loads(line)['iter'] < iter_num and line.endswith(b'\n')
         except (ValueError, KeyError, TypeError):  # a killed run may have left half a line
             return False
 
@@ -821,11 +805,12 @@ class Log:
         c, world, ring, i = self.c, self.world, self.world.ring, at.iter_num - 1
         total = torch.tensor([sum(losses), len(losses)], dtype=torch.float64, device=world.device)
         total, n = ring.all_reduce(total, 'the average of losses').tolist()
+        loss = total / n if n else math.nan  # the mean since the last line: one batch's jumps
         dt = (at.seconds - self.since[1]) / (at.iter_num - self.since[0])
         n_sequences = c.gradient_accumulation_steps * c.batch_size
+        tokens = n_sequences * c.block_size
         gpu = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else ''
         peak = world.world_size * sum(flops for name, flops in PEAK_FLOPS.items() if name in gpu)
-        loss, tokens = total / n if n else math.nan, n_sequences * c.block_size  # one batch's jumps
         world.tell(i, f'loss {loss:.4f}, {dt * 1000:>6,.0f} ms, {tokens / dt:>9,.0f} tok/s' + (
             f', mfu {self.model.estimate_mfu(n_sequences, dt, peak):5.1%}' if peak else ''))
         step, sync = ring.meter - before, ring.meter - self.since[2]
@@ -836,21 +821,21 @@ class Log:
             world.tell(i, f'received {fwd / n:.0f} + {bwd / n:.0f} bytes a token and layer, forward'
                        f' + backward: {compression:.1%} less than uncompressed')
         self.since = at.iter_num, at.seconds, Counter(ring.meter)
+        ways = {f'{way}_{phase}': (sync if phase == 'sync' else step)[f'{way}_{phase}']
+                for phase in ('fwd', 'bwd', 'sync') for way in ('sent', 'received')}
         return {'loss': loss, **more, 'tokens': at.iter_num * tokens,
-                'seconds': round(at.seconds, 3), 'compression': compression,
-                **{k: step[k] for k in ('sent_fwd', 'received_fwd', 'sent_bwd', 'received_bwd')},
-                **{k: sync[k] for k in ('sent_sync', 'received_sync')}}
+                'seconds': round(at.seconds, 3), 'compression': compression, **ways}
 
     def write(self, record):
         self.records.append(record)
+        if not self.writes:
+            return
+        size = self.path.stat().st_size
         try:
-            if self.writes:
-                with open(self.path, 'ab', buffering=0) as f:
-                    size, line = f.tell(), self.line(record)
-                    if f.write(line) < len(line):  # half a line is none
-                        f.truncate(size)
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with open(self.path, 'ab') as f:
+                f.write(self.line(record))
         except OSError as e:  # a full disk does not end the run
+            os.truncate(self.path, size)  # half a line is none
             print(f'train.py: could not write {self.path} ({e.strerror})', file=sys.stderr)
 
 
@@ -858,32 +843,31 @@ class Log:
 # What a run says
 
 def describe(c, model, batches, world):
-    preset, config = {**DEFAULTS, **PRESETS[c.preset]}, model.config
+    preset, say = {**DEFAULTS, **PRESETS[c.preset]}, world.say
     changed = ', '.join(f'{k}={v}' for k, v in vars(c).items() if k != 'preset' and v != preset[k])
-    say, n = world.say, model.get_num_params()
     say(textwrap.fill(f'preset {c.preset}' + f' with {changed}' * bool(changed), 100,
                       break_on_hyphens=False))
-    gpt2 = n + (GPT2_VOCABULARY - config.vocab_size) * c.n_embd
-    say(f'{n / 1e6:.2f}M parameters with a vocabulary of {config.vocab_size}' + (
-        f", {gpt2 / 1e6:.1f}M with GPT-2's of {GPT2_VOCABULARY}" * (c.preset == '124m')))
+    vocab_size, n = model.config.vocab_size, model.get_num_params()
+    say(f'{n / 1e6:.2f}M parameters, {vocab_size * c.n_embd / 1e6:.2f}M of them for a vocabulary '
+        f'of {vocab_size}' + f" (GPT-2's has {GPT2_VOCABULARY})" * (c.preset == '124m'))
     say(f'{world.n_processes} process(es) {"as one of" if c.rehearse else "="} dp {world.dp} x cp '
         f'{world.cp} on {world.device.type}, {world.dtype}; attention by '
-        + kernels.attention_backend(world.device.type, world.dtype, config.head_dim))
+        + kernels.attention_backend(world.device.type, world.dtype, model.config.head_dim))
     for what, shards in (('training', batches.train), ('validation', batches.val)):
         if shards:
             n, short = sum(map(len, shards)), sum(len(s) <= c.block_size for s in shards)
             say(f'{what} data: {n:,} {"bytes" if shards[0].dtype == np.uint8 else "tokens"} in '
                 f'{len(shards)} file(s)' + f', {short} too short for block_size' * bool(short)
                 + f'; {c.max_iters * batches.per_iter / n:.2g} passes' * (what == 'training'))
-    if world.cp == 1:
-        say('a ring of one: no keys and values cross a wire')
-    if world.world_size == 1 and world.ring.link.dialled:
-        say('one process: --link_mbps and --latency_ms slow nothing down')
-    if c.eval_only and c.init_from == 'scratch':
-        say('--eval_only without --init_from=resume: of the initial weights')
-    if c.rehearse:
-        say(f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory and bytes. The '
-            'losses mean nothing; nothing is validated or saved')
+    for holds, what in (
+            (world.cp == 1, 'a ring of one: no keys and values cross a wire'),
+            (world.world_size == 1 and world.ring.link.dialled,
+             'one process: --link_mbps and --latency_ms slow nothing down'),
+            (c.eval_only and c.init_from == 'scratch',
+             '--eval_only without --init_from=resume: of the initial weights'),
+            (c.rehearse, f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory '
+             'and bytes. The losses mean nothing; nothing is validated or saved')):
+        say(what * bool(holds))
 
 
 def summarize(meter, full, world):
@@ -913,22 +897,7 @@ def sample(c, model, world):
 # -----------------------------------------------------------------------------
 # The run
 
-def claim(c, at_end):
-    """Make out_dir this run's own, until it ends. Raises ValueError or OSError."""
-    Path(c.out_dir).mkdir(parents=True, exist_ok=True)
-    check(c.eval_only or os.access(c.out_dir, os.W_OK), f'out_dir ({c.out_dir}) cannot be written',
-          'out_dir')
-    folder = os.open(c.out_dir, os.O_RDONLY)
-    at_end.callback(os.close, folder)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f'another run writes to out_dir ({c.out_dir}): change --out_dir') from None
-    except OSError:
-        pass  # not every file system can lock
-
-
-def set_up(argv, at_end):
+def set_up(argv):
     """-> what `train` needs, or None after --plan. Exits with a sentence if something is wrong."""
     try:
         c, checkpoint = parse_config(argv)
@@ -937,7 +906,9 @@ def set_up(argv, at_end):
         world = World(c)
         batches = Batches(c, world)
         if world.master and not c.rehearse:
-            claim(c, at_end)
+            Path(c.out_dir).mkdir(parents=True, exist_ok=True)
+            check(c.eval_only or os.access(c.out_dir, os.W_OK),
+                  f'out_dir ({c.out_dir}) cannot be written', 'out_dir')
         if c.compile and world.device.type == 'cpu' and (why := kernels.cannot_compile()):
             raise ValueError('--compile needs a C++ compiler that PyTorch can use, for example '
                              f'g++, and has none ({why}): install one, or leave out --compile')
@@ -968,24 +939,23 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to end
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
-    with ExitStack() as at_end:
-        try:
-            if not (run := set_up(argv, at_end)):
-                return None
-            c, model, _, _, world, *_ = run
-            told = signal.signal(signal.SIGTERM, lambda *_: setattr(world, 'terminated', True))
-            at_end.callback(signal.signal, signal.SIGTERM, told)
-            result = train(*run)
-        except PeerError as e:
-            print(f'train.py: {e}', file=sys.stderr, flush=True)
-            os._exit(1)  # taking down groups whose members are gone can hang
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if world.stopping:
-            world.say('stopped by SIGTERM; --init_from=resume goes on')
-            sys.exit(128 + signal.SIGTERM)
-        if world.master and c.sample_tokens and not c.eval_only and not c.rehearse:
-            sample(c, model, world)
+    try:
+        if not (run := set_up(argv)):
+            return None
+        c, model, _, _, world, *_ = run
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(world, 'terminated', True))
+        result = train(*run)
+        signal.signal(signal.SIGTERM, before)
+    except PeerError as e:
+        print(f'train.py: {e}', file=sys.stderr, flush=True)
+        os._exit(1)  # taking down groups whose members are gone can hang
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if world.stopping:
+        world.say('stopped by SIGTERM; --init_from=resume goes on')
+        sys.exit(128 + signal.SIGTERM)
+    if world.master and c.sample_tokens and not c.eval_only and not c.rehearse:
+        sample(c, model, world)
     return result
 
 
