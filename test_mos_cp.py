@@ -1494,13 +1494,8 @@ def test_there_is_always_a_whole_checkpoint(tmp_path, capfd, monkeypatch):
     assert [r['iter'] for r in read_log(tmp_path)] == [*range(8), *range(9, 13)]
 
 
-<<<<<<< HEAD
 def test_out_dir(tmp_path, monkeypatch):
-    """~ is a home; one run at a time; a read-only one can be evaluated; any name, any terminal."""
-=======
-def test_out_dir(tmp_path, monkeypatch, capfd):
     """~ is a home; a read-only one can be evaluated; any name, any terminal."""
->>>>>>> train
     monkeypatch.setenv('HOME', str(tmp_path))
     folder = tmp_path / 'caf\udce9'  # in Latin-1
     stdout = io.TextIOWrapper(io.BytesIO(), encoding='cp1252')

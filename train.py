@@ -975,6 +975,7 @@ def train(c, model, optimizer, batches, world, log, at):
             world.average([p.detach() for p in params])
         done = done or world.stopping
         if loss_of is None or model.sends != sends_at(at.iter_num, c):
+            loss_of = None  # an earlier CUDA graph goes before the next is captured
             loss_of = change_send(c, model, batches, world, at.iter_num)
         at.seconds += time.perf_counter() - began
 
