@@ -226,17 +226,16 @@ def check_values(c):
         check(f.type is str or lowest <= value < 2**63,
               f'{f.name} ({value}) must be at least {lowest} and below 2^63', f.name)
     model_config(c)
-    check(c.beta1 < 1 and c.beta2 < 1, f'beta1 ({c.beta1}) and beta2 ({c.beta2}) must be below 1',
-          'beta1', 'beta2')
-    check(c.data != 'needle' or c.n_chunks % 2 == 0,
-          f'n_chunks ({c.n_chunks}) must be a multiple of 2 with --data=needle', 'n_chunks')
-    check(c.rehearse != 1, 'rehearse (1) must be 0 or at least 2', 'rehearse')
-    check(not c.rehearse or c.cp in (0, c.rehearse),
-          f'cp ({c.cp}) must be 0 or rehearse ({c.rehearse})', 'cp', 'rehearse')
-    check(c.send == 'local' or not 0 < c.max_iters <= c.warm_start, f'warm_start ({c.warm_start}) '
-          f'must be below max_iters ({c.max_iters}), or it never ends', 'warm_start', 'max_iters')
-    check(not c.unplug_at or c.warm_start < c.unplug_at < c.max_iters, f'unplug_at ({c.unplug_at}) '
-          f'must be between warm_start ({c.warm_start}) and max_iters ({c.max_iters})', 'unplug_at')
+    for name, holds, what in (
+            ('beta1', c.beta1 < 1, 'below 1'), ('beta2', c.beta2 < 1, 'below 1'),
+            ('n_chunks', c.data != 'needle' or c.n_chunks % 2 == 0, 'even with --data=needle'),
+            ('rehearse', c.rehearse != 1, '0 or at least 2'),
+            ('cp', not c.rehearse or c.cp in (0, c.rehearse), f'0 or rehearse ({c.rehearse})'),
+            ('warm_start', c.send == 'local' or not 0 < c.max_iters <= c.warm_start,
+             f'below max_iters ({c.max_iters}), or it never ends'),
+            ('unplug_at', not c.unplug_at or c.warm_start < c.unplug_at < c.max_iters,
+             f'between warm_start ({c.warm_start}) and max_iters ({c.max_iters})')):
+        check(holds, f'{name} ({getattr(c, name)}) must be {what}', name)
 
 
 def check_chunks(c, cp):
@@ -531,10 +530,11 @@ class World:
         """Make the process groups. facts: {name: value}, the same on all. Raises ValueError."""
         if self.n_processes == 1:
             return
-        cuda, first, own = self.device.type == 'cuda', os.environ['MASTER_ADDR'], (
-            socket.gethostname())
-        if not (cuda or 'GLOO_SOCKET_IFNAME' in os.environ or self.n_local == self.world_size
-                or is_loopback(first)) and is_loopback(own):
+        cuda = self.device.type == 'cuda'
+        first, own = os.environ['MASTER_ADDR'], socket.gethostname()
+        by_name = not cuda and 'GLOO_SOCKET_IFNAME' not in os.environ  # gloo looks itself up
+        if by_name and self.n_local < self.world_size and is_loopback(own) and (
+                not is_loopback(first)):
             raise ValueError(
                 f'the others could not reach this machine: its name {own} has the address 127.*, '
                 'which gloo would tell them. Set GLOO_SOCKET_IFNAME to the network interface that '
@@ -576,7 +576,7 @@ class World:
 
 
 # -----------------------------------------------------------------------------
-# Parts of a run
+# Parts of a run: what it starts from, a step, what it keeps and says
 
 def learning_rate(it, c):
     """Linear warm-up, then cosine decay to min_lr (nanoGPT's schedule)."""
@@ -796,7 +796,7 @@ class Log:
     @staticmethod
     def is_before(line, iter_num):
         try:
-            return json.loads(line)['iter'] < iter_num and line.endswith(b'\n')
+            return line.endswith(b'\n') and json.loads(line)['iter'] < iter_num
         except (ValueError, KeyError, TypeError):  # a killed run may have left half a line
             return False
 
@@ -805,7 +805,7 @@ class Log:
         c, world, ring, i = self.c, self.world, self.world.ring, at.iter_num - 1
         total = torch.tensor([sum(losses), len(losses)], dtype=torch.float64, device=world.device)
         total, n = ring.all_reduce(total, 'the average of losses').tolist()
-        loss = total / n if n else math.nan  # the mean since the last line: one batch's jumps
+        loss = total / n if n else math.nan  # the mean, as one batch's jumps
         dt = (at.seconds - self.since[1]) / (at.iter_num - self.since[0])
         n_sequences = c.gradient_accumulation_steps * c.batch_size
         tokens = n_sequences * c.block_size
@@ -813,7 +813,7 @@ class Log:
         peak = world.world_size * sum(flops for name, flops in PEAK_FLOPS.items() if name in gpu)
         world.tell(i, f'loss {loss:.4f}, {dt * 1000:>6,.0f} ms, {tokens / dt:>9,.0f} tok/s' + (
             f', mfu {self.model.estimate_mfu(n_sequences, dt, peak):5.1%}' if peak else ''))
-        step, sync = ring.meter - before, ring.meter - self.since[2]
+        step, sync = ring.meter - before, ring.meter - self.since[2]  # syncs: since the last line
         fwd, bwd = step['received_fwd'], step['received_bwd']
         compression = 1 - (fwd + bwd) / self.full if fwd else None
         if compression not in (None, self.compression):  # said when it changes
@@ -821,26 +821,23 @@ class Log:
             world.tell(i, f'received {fwd / n:.0f} + {bwd / n:.0f} bytes a token and layer, forward'
                        f' + backward: {compression:.1%} less than uncompressed')
         self.since = at.iter_num, at.seconds, Counter(ring.meter)
-        ways = {f'{way}_{phase}': (sync if phase == 'sync' else step)[f'{way}_{phase}']
-                for phase in ('fwd', 'bwd', 'sync') for way in ('sent', 'received')}
         return {'loss': loss, **more, 'tokens': at.iter_num * tokens,
-                'seconds': round(at.seconds, 3), 'compression': compression, **ways}
+                'seconds': round(at.seconds, 3), 'compression': compression,
+                **{k: step[k] for k in ('sent_fwd', 'received_fwd', 'sent_bwd', 'received_bwd')},
+                **{k: sync[k] for k in ('sent_sync', 'received_sync')}}
 
     def write(self, record):
         self.records.append(record)
-        if not self.writes:
-            return
-        size = self.path.stat().st_size
         try:
-            with open(self.path, 'ab') as f:
-                f.write(self.line(record))
+            if self.writes:
+                with open(self.path, 'ab', buffering=0) as f:
+                    size, line = f.tell(), self.line(record)
+                    if f.write(line) < len(line):  # half a line is none
+                        f.truncate(size)
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:  # a full disk does not end the run
-            os.truncate(self.path, size)  # half a line is none
             print(f'train.py: could not write {self.path} ({e.strerror})', file=sys.stderr)
 
-
-# -----------------------------------------------------------------------------
-# What a run says
 
 def describe(c, model, batches, world):
     preset, say = {**DEFAULTS, **PRESETS[c.preset]}, world.say
@@ -859,15 +856,15 @@ def describe(c, model, batches, world):
             say(f'{what} data: {n:,} {"bytes" if shards[0].dtype == np.uint8 else "tokens"} in '
                 f'{len(shards)} file(s)' + f', {short} too short for block_size' * bool(short)
                 + f'; {c.max_iters * batches.per_iter / n:.2g} passes' * (what == 'training'))
-    for holds, what in (
-            (world.cp == 1, 'a ring of one: no keys and values cross a wire'),
-            (world.world_size == 1 and world.ring.link.dialled,
-             'one process: --link_mbps and --latency_ms slow nothing down'),
-            (c.eval_only and c.init_from == 'scratch',
-             '--eval_only without --init_from=resume: of the initial weights'),
-            (c.rehearse, f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory '
-             'and bytes. The losses mean nothing; nothing is validated or saved')):
-        say(what * bool(holds))
+    if world.cp == 1:
+        say('a ring of one: no keys and values cross a wire')
+    if world.world_size == 1 and world.ring.link.dialled:
+        say('one process: --link_mbps and --latency_ms slow nothing down')
+    if c.eval_only and c.init_from == 'scratch':
+        say('--eval_only without --init_from=resume: of the initial weights')
+    if c.rehearse:
+        say(f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory and bytes. The '
+            'losses mean nothing; nothing is validated or saved')
 
 
 def summarize(meter, full, world):
