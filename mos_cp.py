@@ -574,7 +574,7 @@ class GPT(nn.Module):
     # -- a codec's life: warm start, on, unplugged
 
     def set_send(self, send):
-        """Send nothing from now on ('local'), everything ('full'), or what config says ('codec')."""
+        """Send nothing from now on ('local'), all ('full'), or what config says ('codec')."""
         self.sends = send
         for block in self.h:
             block.attn.sends = send
