@@ -327,7 +327,7 @@ class GPTConfig:
     grad_wire_dtype: str = 'same'  # of the gradient; int8, int4: stochastically rounded
     topk: float = 0.1  # fraction of the entries that send=topk keeps
     recompute: bool = False  # compute MLPs and logits once more in backward: less memory
-    compile: bool = False  # torch.compile what repeats; on one GPU alone, replay CUDA graphs
+    compile: bool = False  # torch.compile what repeats; on GPUs, replay a step as a CUDA graph
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
