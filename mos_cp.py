@@ -47,20 +47,25 @@ class Full(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.wire_dtype, self.grad_wire_dtype = config.wire_dtype, config.grad_wire_dtype
+        self.shape = 2, config.n_kv_head, config.head_dim
 
-    def weights(self, embedding):
+    def weights(self, e, c_kv):
         """
-        The tensors that `compress` and `expand` use, made once a step from parameters and the
-        embedding (vocab_size, n_embd). Reached any other way in `expand`, they get no gradient.
+        The tensors that `compress` and `expand` use, made once a step: from parameters, from all
+        words' embeddings e (vocab_size, n_embd), normed as this layer's input is, and from c_kv,
+        the layer's map of its input to keys and values. Reached any other way in `expand`, they get
+        no gradient.
         """
         return ()
 
     def compress(self, kv, tokens, weights):
-        """kv (B, T, 2, Hkv, hd) of the tokens (B, T) -> payload"""
+        """
+        kv (B, T, 2, Hkv, hd) -> payload. tokens (B, T, guess_tokens): each, and those before it.
+        """
         return (kv,)
 
     def expand(self, payload, tokens, weights):
-        """The payload of tokens (B, T), the first ones of any rank -> kv"""
+        """The payload of tokens (B, T, guess_tokens), the first ones of any rank -> kv"""
         return payload[0]
 
     @kernels.fused
@@ -91,22 +96,35 @@ class Full(nn.Module):
             return t.to(dtype) if wire_dtype == 'bf16' and t.is_floating_point() else t
         return [restored(t, size) for t, size in zip(wire, sizes)]
 
-    def wire_bytes(self, kv, embedding):
+    def wire_bytes(self, kv, tokens, weights):
         """Bytes that kv, on the meta device, costs a rank it travels to: (forward, backward)."""
-        tokens = torch.zeros(kv.shape[:2], dtype=torch.int64, device=kv.device)
-        payload = self.compress(kv, tokens, self.weights(embedding))
+        payload = self.compress(kv, tokens, weights)
         fwd = sum(t.nbytes for t in self.pack(payload))
         gradient = [t for t in payload if t.is_floating_point()]
         bwd = sum(t.nbytes for t in self.pack(gradient, gradient=True))
         return fwd, bwd if self.keep else fwd + bwd
 
 
+class Words(Full):
+    """Keys and values of the first layer follow from the token alone: nothing has to be sent."""
+    keep = True
+
+    def weights(self, e, c_kv):
+        return (c_kv(e),)  # those of all words: (vocab_size, 2 d)
+
+    def compress(self, kv, tokens, weights):
+        return ()
+
+    def expand(self, payload, tokens, weights):
+        return F.embedding(tokens[..., 0], weights[0]).unflatten(-1, self.shape)
+
+
 class Mixture(Full):
     """
-    What the token alone does not say, in a subspace that the token chooses. Of a token, with Z its
-    key and value [K, V] in R^(2d):
+    What the tokens do not say, in a subspace that the token chooses. Of a token, with Z its key and
+    value [K, V] in R^(2d):
 
-        guess    G = W e + b                            e: the token's embedding, RMS-normed
+        guess    G = W e + b                            e: embeddings of it and the token before
         mixture  theta = psi (Z - G), bounded           k numbers (n_generators)
                  U(theta) = U_0 + sum_l theta_l U_l     each U_l: (2d, r), r numbers (latent_dim)
         send     z = U(theta)^T (Z - G), and theta      in 4 bits each, say
@@ -134,10 +152,10 @@ class Mixture(Full):
             if k := config.n_generators:
                 self.psi.append(nn.Parameter(0.02 * torch.randn(k, D, generator=rng)))
         width = 2 * config.n_kv_head * config.head_dim
-        self.guess_dim = min(config.guess_dim, config.n_embd, width)
-        if self.guess_dim:
-            self.W_in = nn.Parameter(torch.zeros(self.guess_dim, config.n_embd))
-            self.W_out = nn.Parameter(torch.zeros(width, self.guess_dim))
+        self.guess_dim = m = min(config.guess_dim, config.n_embd, width)
+        if m:
+            self.W_in = nn.Parameter(torch.zeros(config.guess_tokens, m, config.n_embd))
+            self.W_out = nn.Parameter(torch.zeros(width, m))
             self.b = nn.Parameter(torch.zeros(width))
 
     def family(self, U_0):
@@ -155,26 +173,26 @@ class Mixture(Full):
         second = torch.einsum('lde,emr->dlmr', A, first).flatten(1, 2) / 2
         return torch.cat((U_0[:, None], first, second), dim=1)
 
-    def weights(self, embedding):
+    def weights(self, e, c_kv):
         guess = ()
-        if self.guess_dim:
-            e = F.rms_norm(embedding, embedding.shape[-1:])
-            guess = F.linear(e, self.W_in), self.W_out, self.b  # a table: guess_dim numbers a word
+        if self.guess_dim:  # of each word guess_dim numbers for each place
+            guess = F.linear(e, self.W_in.flatten(0, 1)), self.W_out, self.b
         return guess + tuple(self.U)
 
     def guess(self, tokens, weights, dtype):
         """G: (B, T, 2 d)"""
         if not self.guess_dim:
             return 0
-        table, W_out, b = (w.to(dtype) for w in weights[:3])
-        return F.embedding(tokens, table) @ W_out.mT + b
+        (table, W_out, b), n = (w.to(dtype) for w in weights[:3]), tokens.shape[-1]
+        rows = tokens * n + torch.arange(n, device=tokens.device)  # a word in its place
+        return F.embedding(rows, table.view(-1, self.guess_dim)).sum(dim=2) @ W_out.mT + b
 
     def theta(self, Z, psi):
         """Z (B, T, D) -> (B, T, k), or of each chunk (B, chunks, k)"""
         if self.config.theta == 'chunk':
             Z = Z.unflatten(1, (-1, self.config.chunk_size)).mean(dim=2)
-        theta, clip = F.linear(Z, psi).to(Z.dtype), self.config.theta_clip or math.inf
-        return theta.clamp(-clip, clip) if self.frozen else theta.tanh()
+        theta, largest = F.linear(Z, psi).to(Z.dtype), self.config.theta_max
+        return theta.clamp(-largest, largest) if self.frozen else largest * theta.tanh()
 
     def mix(self, theta, T):
         """theta -> how much of each of the J matrices is in U(theta): (B, T, J, 1)"""
@@ -205,7 +223,7 @@ class Mixture(Full):
             rebuilt.append(aligned(z) @ aligned(U.flatten(1)).to(z.dtype).mT)
         rebuilt = torch.cat(rebuilt, dim=-1)  # (B, T, 2 d)
         rebuilt = rebuilt + self.guess(tokens, weights, rebuilt.dtype)
-        return rebuilt.unflatten(-1, (2, -1, self.config.head_dim))
+        return rebuilt.unflatten(-1, self.shape)
 
     @torch.no_grad()
     def start(self, moment):
@@ -220,14 +238,14 @@ class Mixture(Full):
             ez, ee = C[dim:, :dim], C[dim:, dim:]
             ridge = torch.full_like(ee[0], 0.01 * ee.diagonal()[:-1].mean() + 1e-6)
             ridge[-1] = 1e-6  # not of the mean
-            W = torch.linalg.solve(ee + ridge.diag(), ez).T  # (2 d, n_embd + 1)
+            W = torch.linalg.solve(ee + ridge.diag(), ez).T  # (2 d, guess_tokens * n_embd + 1)
             # 2. The best of rank m: W projected on the principal directions of what it predicts
             self.W_out.copy_(torch.linalg.eigh(W @ ee @ W.T)[1][:, -m:])
-            W_out = self.W_out.double()
-            self.W_in.copy_(W_out.T @ W[:, :-1])
+            W_in = self.W_out.double().T @ W[:, :-1]
+            self.W_in.copy_(W_in.unflatten(1, (-1, self.config.n_embd)).transpose(0, 1))
             self.b.copy_(W[:, -1])
             # 3. Second moments of Z - G
-            W = torch.cat((W_out @ self.W_in.double(), self.b.double()[:, None]), dim=1)
+            W = torch.cat((self.W_out.double() @ W_in, W[:, -1:]), dim=1)
             left = left - W @ ez - (W @ ez).T + W @ ee @ W.T
         rng, begin = torch.Generator().manual_seed(self.seed), 0
         for i, U in enumerate(self.U):
@@ -263,7 +281,6 @@ class TopK(Full):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.shape = config.n_kv_head, config.head_dim
         self.n = max(1, round(config.topk * config.n_kv_head * config.head_dim))
 
     def compress(self, kv, tokens, weights):
@@ -273,8 +290,8 @@ class TopK(Full):
 
     def expand(self, payload, tokens, weights):
         values, where = payload
-        zeros = values.new_zeros(*values.shape[:-1], self.shape[0] * self.shape[1])
-        return zeros.scatter(-1, where.long(), values).unflatten(-1, self.shape)
+        zeros = values.new_zeros(*values.shape[:-1], self.shape[1] * self.shape[2])
+        return zeros.scatter(-1, where.long(), values).unflatten(-1, self.shape[1:])
 
 
 CODECS = {'mixture': Mixture, 'full': Full, 'topk': TopK, 'local': None}  # the values of --send
@@ -319,8 +336,9 @@ class GPTConfig:
     theta: str = 'token'  # of each token, or of a chunk's mean (the paper)
     subspace: str = 'learned'  # or frozen: skew-symmetric generators rotate it (the paper)
     generator_norm: str = 'frobenius'  # of frozen ones: frobenius (the paper) or spectral norm 1
-    theta_clip: float = 0.5  # largest |theta| of frozen generators; 0: not clipped
-    guess_dim: int = 256  # rank of the guess by the token alone, at most n_embd; 0: no guess
+    theta_max: float = 0.5  # largest |theta|
+    guess_dim: int = 512  # rank of the guess by the tokens, at most n_embd; 0: no guess
+    guess_tokens: int = 2  # tokens that the guess looks at: this one, and those just before it
     exact_local: bool = True  # a chunk's own keys and values are exact; False (the paper): rebuilt
     compress_last: bool = True  # False (the paper): the last layer sends full keys and values
     wire_dtype: str = 'auto'  # compute, bf16, int8, int4; auto: int4 for mixture, else compute
@@ -343,7 +361,7 @@ class GPTConfig:
             value = getattr(self, name)
             check(value in choices, f'{name} ({value!r}) must be one of {", ".join(choices)}', name)
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd',
-                     'n_ff', 'n_chunks', 'latent_dim', 'rope_base'):
+                     'n_ff', 'n_chunks', 'latent_dim', 'guess_tokens', 'rope_base'):
             value = getattr(self, name)
             check(value >= 1, f'{name} ({value}) must be at least 1', name)
         for name, of, by in (('block_size', 'n_chunks', self.n_chunks),
@@ -353,7 +371,9 @@ class GPTConfig:
             check(value % by == 0, f'{name} ({value}) must be a multiple of {of} ({by})', name,
                   of.split()[-1])
         check(0 < self.topk <= 1, f'topk ({self.topk}) must be above 0 and at most 1', 'topk')
-        for name in ('theta_clip', 'n_generators', 'guess_dim'):
+        check(0 < self.theta_max < math.inf, f'theta_max ({self.theta_max}) must be above 0',
+              'theta_max')
+        for name in ('n_generators', 'guess_dim'):
             value = getattr(self, name)
             check(value >= 0, f'{name} ({value}) must be at least 0', name)
         for d, r in self.subspaces if self.send == 'mixture' else ():
@@ -403,6 +423,8 @@ class Attention(nn.Module):
         self.plain = Full(config, layer)  # uncompressed: in a warm start, unplugged
         self.plain.wire_dtype = self.plain.grad_wire_dtype = 'compute'
         codec, last = CODECS[config.send], layer == config.n_layer - 1
+        if codec is Mixture and config.guess_dim and layer == 0:
+            codec = Words
         self.codec = codec and (codec(config, layer) if config.compress_last or not last
                                 else self.plain)
         self.sends = 'codec'  # see GPT.set_send
@@ -412,15 +434,15 @@ class Attention(nn.Module):
         """The codec in use now; None: nothing is sent."""
         return {'local': None, 'full': self.plain, 'codec': self.codec}[self.sends]
 
-    def project(self, x, table, tokens, embedding):
+    def project(self, x, table, tokens, e):
         """
-        x (B, T, n_embd) of the tokens (B, T), table (T, 2, hd) of their positions, embedding
-        (vocab_size, n_embd) -> q (B, T, H, hd) and k (B, T, Hkv, hd) with RoPE, kv
+        x (B, T, n_embd) of the tokens (B, T, guess_tokens), table (T, 2, hd) of their positions, e
+        (vocab_size, n_embd) of all words -> q (B, T, H, hd) and k (B, T, Hkv, hd) with RoPE, kv
         (B, T, 2, Hkv, hd), the payload, and the codec's weights.
         """
         q = self.c_q(x).unflatten(-1, (-1, self.config.head_dim))
         kv = self.c_kv(x).unflatten(-1, (2, -1, self.config.head_dim))
-        weights = self.active.weights(embedding) if self.active else ()
+        weights = self.active.weights(e, self.c_kv) if self.active else ()
         payload = self.active.compress(kv, tokens, weights) if self.active else ()
         return kernels.rope(q, table), kernels.rope(kv[:, :, 0], table), kv, payload, weights
 
@@ -462,7 +484,7 @@ class Block(nn.Module):
 
     @kernels.fused
     def before(self, x, table, tokens, embedding):
-        return self.attn.project(self.ln_1(x), table, tokens, embedding)
+        return self.attn.project(self.ln_1(x), table, tokens, self.ln_1(embedding))
 
     @kernels.fused
     def after(self, x, y):
@@ -472,7 +494,7 @@ class Block(nn.Module):
     def forward(self, x, ring, table, tokens, embedding):
         """
         x: (B, T, n_embd), this rank's shard; every rank's RoPE table (world_size, T, 2, hd) and
-        tokens (world_size, B, T).
+        tokens (world_size, B, T, guess_tokens).
         """
         own = self.before(x, table[ring.rank], tokens[ring.rank], embedding)
         y = self.attn.attend(*own, ring, table, tokens)
@@ -526,7 +548,8 @@ class GPT(nn.Module):
     def inputs(self, idx):
         """
         Whole sequences (B, T) -> the embeddings x (B, T / world_size, n_embd) of this rank's shard,
-        and of every rank's RoPE's table (world_size, T / world_size, 2, hd) and the tokens.
+        and of every rank's RoPE's table (world_size, T / world_size, 2, hd) and tokens, with those
+        before each (the first one's: itself): (world_size, B, T / world_size, guess_tokens).
         """
         n, c, ring = idx.shape[1], self.config, self.ring
         check(n <= c.block_size, f'sequence length ({n}) is above block_size ({c.block_size})',
@@ -535,8 +558,9 @@ class GPT(nn.Module):
             idx = F.pad(idx, (0, -n % c.chunk_size))
         ring.shard(idx, c.chunk_size)  # refuses lengths that cannot be shared out
         where = positions(idx.shape[1], ring.world_size, idx.device)  # (world_size, T)
-        tokens = idx[:, where].transpose(0, 1)  # (world_size, B, T)
-        return self.wte(tokens[ring.rank]), self.table[where], tokens
+        back = where.unsqueeze(-1) - torch.arange(c.guess_tokens, device=idx.device)
+        tokens = idx[:, back.clamp(min=0)].transpose(0, 1)
+        return self.wte(tokens[ring.rank, ..., 0]), self.table[where], tokens
 
     def hidden(self, idx):
         """All but the head: (B, T) -> (B, T / world_size, n_embd)."""
@@ -594,25 +618,27 @@ class GPT(nn.Module):
     def moments(self, idx=None):
         """
         For each of self.codecs, second moments of rows [Z, e, 1] over this rank's tokens of idx: Z
-        is a token's keys and values, e its normed embedding (if there is a guess). To be summed
-        over ranks and batches. None: Z are columns of the weights W of Z = X W, as in the paper.
+        is a token's keys and values, e (if there is a guess) the embeddings of the tokens, normed
+        as the layer's input. To be summed over ranks and batches. None: Z are columns of the
+        weights W of Z = X W, as in the paper, and e is 0.
         """
         def moment(Z, e):
             with torch.autocast(Z.device.type, enabled=False):  # float32 at least
-                rows = [Z, e, torch.ones_like(Z[:, :1])] if self.config.guess_dim else [
-                    Z, torch.ones_like(Z[:, :1])]
+                rows = [Z, *[e][:self.config.guess_dim], torch.ones_like(Z[:, :1])]
                 rows = torch.cat(rows, dim=1).to(kernels.accumulation_dtype(Z.dtype))
                 return rows.T @ rows
 
         blocks, found = [b for b in self.h if b.attn.codec in self.codecs], []
         if idx is None:
             weights = [b.attn.c_kv.weight.T for b in blocks]  # (n_embd, 2 d)
-            return [moment(W, W.new_zeros(len(W), self.config.n_embd)) for W in weights]
+            n = self.config.guess_tokens * self.config.n_embd
+            return [moment(W, W.new_zeros(len(W), n)) for W in weights]
         x, table, tokens = self.inputs(idx)
-        e = F.rms_norm(x, x.shape[-1:]).flatten(0, 1)
         for block in self.h:
             if block in blocks:
-                found.append(moment(block.attn.c_kv(block.ln_1(x)).flatten(0, 1), e))
+                e = F.embedding(tokens[self.ring.rank], block.ln_1(self.wte.weight)).flatten(2)
+                Z = block.attn.c_kv(block.ln_1(x))
+                found.append(moment(Z.flatten(0, 1), e.flatten(0, 1)))
             x = block(x, self.ring, table, tokens, self.wte.weight)
         return found
 

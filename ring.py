@@ -103,13 +103,13 @@ def attend(ring, q, k, v, payload, codec, params, table, tokens, span):
         .pack(payload) -> the tensors that travel, .unpack(those, sizes, dtype) -> payload: a lossy
             last step whose gradient is the identity. With gradient=True, the same for gradients.
         .expand(payload, tokens, params) -> (B, S, 2, Hkv, hd), keys before RoPE and values, of any
-            first part of a shard. tokens: (B, S), that part's token numbers, or None.
+            first part of a shard. tokens: (B, S, ...), that part's token numbers, or None.
         .keep: hold what has arrived until backward instead of sending it a second time. Right for a
             small payload; uncompressed it would undo the memory saving of context parallelism.
     params: the tensors that `expand` uses, for every shard this rank's own. They get the gradient
         of this rank's queries: sum over ranks, as for any weight.
     table: (world_size, T, 2, hd): `kernels.rope_table` at the positions of every rank's tokens.
-    tokens: (world_size, B, T) int64, every rank's tokens in its local order, or None.
+    tokens: (world_size, B, T, ...) int64, of every rank's tokens in its local order, or None.
     span: within pieces of so many tokens queries see k and v as they are; all else comes through
         the codec, also what lies on this rank. 0: everything comes through the codec.
     Returns (B, T, H, hd) in q's dtype. Accumulates in float32 at least.
@@ -288,6 +288,8 @@ class Ring:
         shapes from the rank `hop` back. phase: 'fwd' or 'bwd', to count. Returns a function that
         waits for both and returns what was received. Both raise PeerError if a peer is gone.
         """
+        if not tensors:  # a payload of nothing
+            return list
         sent, link = [t.contiguous() for t in tensors], self.link
         n_bytes = sum(t.nbytes for t in sent)
         self.count(phase, n_bytes)

@@ -106,7 +106,7 @@ PRESETS = {
 METHODS = {
     'ours': {},
     'paper': dict(theta='chunk', n_generators=1, subspace='frozen', guess_dim=0, joint_kv=False,
-                  exact_local=False, generator_norm='frobenius', theta_clip=0.5,
+                  exact_local=False, generator_norm='frobenius', theta_max=0.5,
                   wire_dtype='compute', compress_last=False, warm_send='full',
                   warm_basis='weights', codec_lr=1.0),
 }
@@ -401,8 +401,9 @@ class Estimate:
             model = GPT(config)
             kv = torch.empty(1, config.block_size // P, 2, config.n_kv_head, config.head_dim,
                              dtype=dtype)
-            codecs = [b.attn.codec for b in model.h if b.attn.codec]
-            layers = [codec.wire_bytes(kv, model.wte.weight) for codec in codecs]
+            tokens = torch.zeros(*kv.shape[:2], config.guess_tokens, dtype=torch.int64)
+            layers = [codec.wire_bytes(kv, tokens, codec.weights(model.wte.weight, b.attn.c_kv))
+                      for b in model.h if (codec := b.attn.codec)]
         self.fwd, self.bwd = (sum(n) * (P - 1) / config.block_size for n in zip((0, 0), *layers))
         if ulysses:  # queries, keys, values and outputs change hands, and so do their gradients
             n_numbers = 2 * config.n_embd + 2 * config.n_kv_head * config.head_dim
