@@ -497,7 +497,7 @@ def _benchmark(rank, P, store):
               f'of {hd}, forward and backward, ms (and share of the ideal, one process / {P})\n\n'
               '| T | one process | eager | compiled, in a CUDA graph | context_parallel |\n|'
               + 5 * '---|')
-    for n_tokens in (4096, 8192, 16384, 65536) if cuda else (1024, 4096):  # of a rank
+    for n_tokens in (4096, 8192, 16384, 65536, 131072) if cuda else (1024, 4096):  # of a rank
         T, g = n_tokens * P, torch.Generator(device).manual_seed(0)
         whole = torch.randn(4, 1, T, H, hd, generator=g, dtype=dtype, device=device)
         q, k, v, dout = (ring.shard(x, n_tokens // 2).detach().requires_grad_() for x in whole)
