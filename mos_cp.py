@@ -106,11 +106,11 @@ class Full(nn.Module):
 
 class Mixture(Full):
     """
-    What the tokens do not say, in a subspace that the token chooses. Of a token, with Z its key and
+    What the words do not say, in a subspace that the token chooses. Of a token, with Z its key and
     value [K, V] in R^(2d):
 
         guess    G = W e + b                            e: embeddings of it and the token before
-        mixture  theta = psi (Z - G), bounded           k numbers (n_generators)
+        mixture  theta = c tanh(psi (Z - G))            k numbers (n_generators), c = theta_max
                  U(theta) = U_0 + sum_l theta_l U_l     each U_l: (2d, r), r numbers (latent_dim)
         send     z = U(theta)^T (Z - G), and theta      in 4 bits each, say
         rebuild  Z_hat = G + U(theta) z

@@ -724,9 +724,15 @@ def test_int4_and_topk_keep_what_they_say():
 
 
 def test_exact_local_and_unplugged_models_are_exact():
-    """Nothing is compressed in a single chunk, unless exact_local is off, or once unplugged."""
+    """
+    Nothing is compressed in a single chunk, unless exact_local is off; once unplugged; and in the
+    first layer, with a guess, where nothing is sent either.
+    """
     idx, plain, local = one_sequence(), small_model(send='full'), small_model(send='local')
     expected = plain(idx)[0]
+    for options in (dict(), dict(exact_local=False)):
+        assert_same_steps(train_steps(small_model(n_layer=1, wire_dtype='int4', **options), 2),
+                          train_steps(small_model(n_layer=1, send='full'), 2))
     for options in (dict(), PAPER, dict(send='topk', wire_dtype='int8'),
                     dict(send='full', wire_dtype='int4'), dict(send='local')):
         if options not in (PAPER, dict(send='local')):
