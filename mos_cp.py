@@ -48,12 +48,12 @@ class Full(nn.Module):
         self.wire_dtype, self.grad_wire_dtype = config.wire_dtype, config.grad_wire_dtype
         self.shape = 2, config.n_kv_head, config.head_dim
 
-    def weights(self, e, c_kv):
+    def weights(self, embedding, norm, c_kv):
         """
-        The tensors that `compress` and `expand` use, made once a step: from parameters, from all
-        words' embeddings e (vocab_size, n_embd), normed as this layer's input is, and from c_kv,
-        the layer's map of its input to keys and values. Reached any other way in `expand`, they get
-        no gradient.
+        The tensors that `compress` and `expand` use, made once a step: from parameters, from the
+        embedding (vocab_size, n_embd), and from the layer's own norm and c_kv, with which its input
+        x has keys and values c_kv(norm(x)). Reached any other way in `expand`, they get no
+        gradient.
         """
         return ()
 
@@ -158,10 +158,11 @@ class Mixture(Full):
         second = torch.einsum('lde,emr->dlmr', A, first).flatten(1, 2) / 2
         return torch.cat((U_0[:, None], first, second), dim=1)
 
-    def weights(self, e, c_kv):
+    def weights(self, embedding, norm, c_kv):
         guess = ()
-        if self.guess_dim:  # of each word guess_dim numbers for each place
-            guess = F.linear(e, self.W_in.flatten(0, 1)), self.W_out, self.b
+        if self.guess_dim:  # a table: of each word guess_dim numbers for each place
+            table = F.linear(norm(embedding), self.W_in.flatten(0, 1))
+            guess = table, self.W_out, self.b
         return guess + tuple(self.U)
 
     def guess(self, tokens, weights, dtype):
@@ -264,8 +265,8 @@ class Words(Full):
     """Keys and values of the first layer follow from the token alone: nothing has to be sent."""
     keep = True
 
-    def weights(self, e, c_kv):
-        return (c_kv(e),)  # those of all words: (vocab_size, 2 d)
+    def weights(self, embedding, norm, c_kv):
+        return (c_kv(norm(embedding)),)  # those of all words: (vocab_size, 2 d)
 
     def compress(self, kv, tokens, weights):
         return ()
@@ -370,8 +371,8 @@ class GPTConfig:
             check(value % by == 0, f'{name} ({value}) must be a multiple of {of} ({by})', name,
                   of.split()[-1])
         check(0 < self.topk <= 1, f'topk ({self.topk}) must be above 0 and at most 1', 'topk')
-        check(0 < self.theta_max < math.inf, f'theta_max ({self.theta_max}) must be above 0',
-              'theta_max')
+        check(0 < self.theta_max < math.inf,
+              f'theta_max ({self.theta_max}) must be above 0 and finite', 'theta_max')
         for name in ('n_generators', 'guess_dim'):
             value = getattr(self, name)
             check(value >= 0, f'{name} ({value}) must be at least 0', name)
@@ -423,7 +424,7 @@ class Attention(nn.Module):
         self.plain.wire_dtype = self.plain.grad_wire_dtype = 'compute'
         codec, last = CODECS[config.send], layer == config.n_layer - 1
         if codec is Mixture and config.guess_dim and layer == 0:
-            codec = Words
+            codec = Words  # the best guess, which leaves nothing to send
         self.codec = codec and (codec(config, layer) if config.compress_last or not last
                                 else self.plain)
         self.sends = 'codec'  # see GPT.set_send
@@ -433,15 +434,16 @@ class Attention(nn.Module):
         """The codec in use now; None: nothing is sent."""
         return {'local': None, 'full': self.plain, 'codec': self.codec}[self.sends]
 
-    def project(self, x, table, tokens, e):
+    def project(self, x, norm, table, tokens, embedding):
         """
-        x (B, T, n_embd) of the tokens (B, T, guess_tokens), table (T, 2, hd) of their positions, e
-        (vocab_size, n_embd) of all words -> q (B, T, H, hd) and k (B, T, Hkv, hd) with RoPE, kv
-        (B, T, 2, Hkv, hd), the payload, and the codec's weights.
+        x (B, T, n_embd) of the tokens (B, T, guess_tokens), before its norm, table (T, 2, hd) of
+        their positions, embedding (vocab_size, n_embd) -> q (B, T, H, hd) and k (B, T, Hkv, hd)
+        with RoPE, kv (B, T, 2, Hkv, hd), the payload, and the codec's weights.
         """
+        x = norm(x)
         q = self.c_q(x).unflatten(-1, (-1, self.config.head_dim))
         kv = self.c_kv(x).unflatten(-1, (2, -1, self.config.head_dim))
-        weights = self.active.weights(e, self.c_kv) if self.active else ()
+        weights = self.active.weights(embedding, norm, self.c_kv) if self.active else ()
         payload = self.active.compress(kv, tokens, weights) if self.active else ()
         return kernels.rope(q, table), kernels.rope(kv[:, :, 0], table), kv, payload, weights
 
@@ -483,7 +485,7 @@ class Block(nn.Module):
 
     @kernels.fused
     def before(self, x, table, tokens, embedding):
-        return self.attn.project(self.ln_1(x), table, tokens, self.ln_1(embedding))
+        return self.attn.project(x, self.ln_1, table, tokens, embedding)
 
     @kernels.fused
     def after(self, x, y):
@@ -623,20 +625,21 @@ class GPT(nn.Module):
         """
         def moment(Z, e):
             with torch.autocast(Z.device.type, enabled=False):  # float32 at least
-                rows = [Z, *[e][:self.config.guess_dim], torch.ones_like(Z[:, :1])]
-                rows = torch.cat(rows, dim=1).to(kernels.accumulation_dtype(Z.dtype))
+                rows = torch.cat((Z, e, torch.ones_like(Z[:, :1])), dim=1)
+                rows = rows.to(kernels.accumulation_dtype(Z.dtype))
                 return rows.T @ rows
 
         blocks, found = [b for b in self.h if b.attn.codec in self.codecs], []
         if idx is None:
             weights = [b.attn.c_kv.weight.T for b in blocks]  # (n_embd, 2 d)
-            n = self.config.guess_tokens * self.config.n_embd
+            n = self.config.guess_tokens * self.config.n_embd if self.config.guess_dim else 0
             return [moment(W, W.new_zeros(len(W), n)) for W in weights]
         x, table, tokens = self.inputs(idx)
         for block in self.h:
             if block in blocks:
-                e = F.embedding(tokens[self.ring.rank], block.ln_1(self.wte.weight)).flatten(2)
-                Z = block.attn.c_kv(block.ln_1(x))
+                Z, e = block.attn.c_kv(block.ln_1(x)), x[..., :0]  # no guess: e has no numbers
+                if self.config.guess_dim:
+                    e = block.ln_1(self.wte(tokens[self.ring.rank])).flatten(2)
                 found.append(moment(Z.flatten(0, 1), e.flatten(0, 1)))
             x = block(x, self.ring, table, tokens, self.wte.weight)
         return found

@@ -471,7 +471,7 @@ def meter_equals_formula(ring):
             kv = torch.empty(B, T, 2, 1, d, dtype=torch.float64, device='meta')
             e = torch.empty(50, 48, dtype=torch.float64, device='meta')
             tokens = torch.empty(B, T, 2, dtype=torch.int64, device='meta')
-            weights = attn.codec.weights(e, attn.c_kv)
+            weights = attn.codec.weights(e, lambda e: e, attn.c_kv)
             assert attn.codec.wire_bytes(kv, tokens, weights) == (B * fwd, B * bwd), kind
         n = 2 * hops if fwd else 0  # exchanges: one a layer and hop
         twice = 1 + (kind in ('full', 'int4'))  # keys and values, once more
@@ -633,7 +633,7 @@ def test_formulas():
 
     for x in inputs.values():
         x.requires_grad_()
-    weights = codec.weights(embedding, None)
+    weights = codec.weights(embedding, lambda e: e, None)
     payload = codec.compress(kv, tokens, weights)
     found = *payload, codec.expand(payload, tokens, weights).flatten(2)
     rows = [written_out(Z, token) for Z, token in zip(kv[0].flatten(1), tokens[0])]
@@ -665,7 +665,7 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
         codec = mixture(latent_dim=12, **options)
         start = X if codec.guess_dim else torch.cat((X[:, :32], X[:, -1:]), dim=1)
         codec.start(start.T @ start)
-        weights = codec.weights(embedding, None)
+        weights = codec.weights(embedding, lambda e: e, None)
         payload = codec.compress(kv, tokens, weights)
         if len(codec.psi):  # theta says something from the start: psi of variance 1
             theta = payload[-1].abs()

@@ -402,7 +402,8 @@ class Estimate:
             kv = torch.empty(1, config.block_size // P, 2, config.n_kv_head, config.head_dim,
                              dtype=dtype)
             tokens = torch.zeros(*kv.shape[:2], config.guess_tokens, dtype=torch.int64)
-            layers = [codec.wire_bytes(kv, tokens, codec.weights(model.wte.weight, b.attn.c_kv))
+            layers = [codec.wire_bytes(kv, tokens, codec.weights(  # a norm changes no shape
+                model.wte.weight, lambda x: x, b.attn.c_kv))
                       for b in model.h if (codec := b.attn.codec)]
         self.fwd, self.bwd = (sum(n) * (P - 1) / config.block_size for n in zip((0, 0), *layers))
         if ulysses:  # queries, keys, values and outputs change hands, and so do their gradients
@@ -694,7 +695,8 @@ def change_send(c, model, batches, world, iter_num):
     what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed',
             'topk': f'the codec starts, the largest {c.topk:.0%} of {n} numbers a token and layer',
             'mixture': f'the codec starts, {c.latent_dim} of {n} numbers a token and layer'
-                       + f', theta of {c.n_generators}' * (c.n_generators > 0)}
+                       + f', theta of {c.n_generators}' * (c.n_generators > 0)
+                       + '; none for the first layer' * (c.guess_dim > 0)}
     what = what.get(sends, f'the codec starts: {sends}')
     world.tell(iter_num, what + '; compiling ...' * c.compile)
     if c.compile and world.can_graph:
