@@ -621,11 +621,12 @@ def test_formulas():
         for p in codec.parameters():
             p.copy_(0.3 * double(*p.shape, generator=g))
     kv, embedding = double(1, 8, 2, 2, 8, generator=g), double(50, 16, generator=g)
-    tokens = torch.randint(50, (1, 8, 2), generator=g)
+    tokens, norm = torch.randint(50, (1, 8, 2), generator=g), mos_cp.Norm(16).double()
     inputs = {'kv': kv, 'embedding': embedding, **dict(codec.named_parameters())}
 
     def written_out(Z, words):
-        G = codec.b + sum(codec.W_out @ W_in @ e for W_in, e in zip(codec.W_in, embedding[words]))
+        es = norm(embedding[words])
+        G = codec.b + sum(codec.W_out @ W_in @ e for W_in, e in zip(codec.W_in, es))
         theta = 0.2 * torch.tanh(codec.psi[0] @ (Z - G))
         U = codec.U[0][:, 0] + sum(theta[l] * codec.U[0][:, 1 + l] for l in range(3))
         z = U.T @ (Z - G)
@@ -633,7 +634,7 @@ def test_formulas():
 
     for x in inputs.values():
         x.requires_grad_()
-    weights = codec.weights(embedding, lambda e: e, None)
+    weights = codec.weights(embedding, norm, None)
     payload = codec.compress(kv, tokens, weights)
     found = *payload, codec.expand(payload, tokens, weights).flatten(2)
     rows = [written_out(Z, token) for Z, token in zip(kv[0].flatten(1), tokens[0])]
