@@ -20,6 +20,7 @@ import functools
 import re
 import tempfile
 import time
+import timeit
 from collections import Counter, deque
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -27,6 +28,7 @@ from itertools import chain, islice
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 
@@ -264,16 +266,12 @@ class Ring:
 
     __deepcopy__ = lambda self, memo: self  # a model's copy: a process group cannot be copied
 
-    def count(self, phase, n_bytes):
-        """Book one exchange of so many bytes each way. phase: 'fwd', 'bwd' or 'sync'."""
-        for what, n in (('sent', n_bytes), ('received', n_bytes), ('exchanges', 1)):
-            self.meter[f'{what}_{phase}'] += n
+    def count(self, phase, n):
+        """Book one exchange of n bytes each way. phase: 'fwd', 'bwd' or 'sync'."""
+        self.meter.update({f'sent_{phase}': n, f'received_{phase}': n, f'exchanges_{phase}': 1})
 
     def shard(self, x, chunk_size):
-        """
-        This rank's part (B, T / world_size, ...) of x (B, T, ...), the same on all ranks. Raises
-        ValueError if T is not a multiple of 2 * world_size chunks.
-        """
+        """Our part (B, T / world_size, ...) of x (B, T, ...). ValueError if that cuts a chunk."""
         if self.world_size == 1:
             return x
         if x.shape[1] % chunk_size:
@@ -294,7 +292,7 @@ class Ring:
         n_bytes = sum(t.nbytes for t in sent)
         self.count(phase, n_bytes)
         if link.dialled:  # a last tensor, not counted, tells the receiver when our queue is through
-            sent.append(link.stamp(n_bytes, sent[0].device))
+            sent.append(link.send(n_bytes, sent[0].device))
         post = self.post(sent, hop, phase)
 
         def wait():
@@ -365,7 +363,7 @@ def average(tensors, ring):
     n_bytes = 2 * (N - 1) * flat.nbytes // N
     ring.count('sync', n_bytes)
     if link.dialled:  # it ends for none before the last has begun
-        leaves = link.stamp(n_bytes, flat.device)
+        leaves = link.send(n_bytes, flat.device)
         ring.all_reduce(leaves, what, dist.ReduceOp.MAX)
     ring.all_reduce(flat, what)
     if link.dialled:  # its steps wait for each other
@@ -392,23 +390,18 @@ class Link:
         self.latency = latency_ms / 1e3
         self.sent_until = self.received_until = 0.0
 
-    def send(self, n_bytes, now):
-        """Queue n_bytes for sending at time `now` (s) -> the time when the last of them leaves."""
-        self.sent_until = max(self.sent_until, now) + n_bytes * self.seconds_per_byte
-        return self.sent_until
+    def send(self, n_bytes, device):
+        """Queue n_bytes that `device` computes -> a tensor: the time when the last leaves."""
+        if device.type == 'cuda':
+            torch.cuda.current_stream(device).synchronize()
+        self.sent_until = max(self.sent_until, self.clock()) + n_bytes * self.seconds_per_byte
+        return torch.tensor([self.sent_until], dtype=torch.float64, device=device)
 
     def receive(self, n_bytes, left):
         """Wait for n_bytes to arrive, the last of which left their sender at the time `left`."""
         self.received_until = max(self.received_until + n_bytes * self.seconds_per_byte,
                                   left + self.latency)
         self.sleep(max(0.0, self.received_until - self.clock()))
-
-    def stamp(self, n_bytes, device):
-        """Queue n_bytes that `device` has computed -> a tensor: the time when the last leaves."""
-        if device.type == 'cuda':
-            torch.cuda.current_stream(device).synchronize()
-        leaves = self.send(n_bytes, self.clock())
-        return torch.tensor([leaves], dtype=torch.float64, device=device)
 
 
 class Rehearsal(Ring):
@@ -441,92 +434,81 @@ class _Uncompressed:
     expand = staticmethod(lambda payload, tokens, params: payload[0])
 
 
-def _milliseconds(f, n):
-    """Of one of n calls back to back, as the layers of a model come, once all ranks are ready."""
-    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    f()
-    dist.barrier()
-    sync()
-    start = time.perf_counter()
-    for _ in range(n):
-        f()
-    sync()
-    return (time.perf_counter() - start) * 1e3 / n
+def _milliseconds(f, n, as_graph=False):
+    """
+    Of one of n calls back to back, like a model's layers; all ranks begin together. A median.
+    as_graph: of f's kernels as one CUDA graph, as in training with --compile (`mos_cp.graphed`).
+    """
+    if as_graph:  # a local one: NCCL waits for its graphs before it ends
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            f()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
+            f()
+        f = graph.replay
+
+    def several():
+        for _ in range(n):
+            f()
+        dist.barrier()  # waits for the GPU too
+    times = timeit.repeat(several, dist.barrier, number=1, repeat=4)[1:]  # the first warms up
+    return sorted(times)[1] * 1e3 / n
 
 
-def _replay(f):
-    """f's kernels as one CUDA graph, like a training step's with --compile (`mos_cp.graphed`)."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        f()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
-        f()
-    return graph.replay
+@sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True)
+def _theirs(q, k, v, dout, n):
+    """PyTorch's attention of q, k, v, dout (1, H, T, hd) -> its results, and milliseconds."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
 
-
-def _theirs(mesh, tensors, backend, n):
-    """Milliseconds of PyTorch's context_parallel, as above. tensors: q, k, v, dout."""
-    from torch.distributed.tensor.experimental import context_parallel
-    from torch.distributed.tensor.experimental._attention import set_rotate_method
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    set_rotate_method('alltoall')
-    kernel = SDPBackend.CUDNN_ATTENTION if backend == 'cudnn' else SDPBackend.FLASH_ATTENTION
-    *leaves, dout = its = [x.transpose(1, 2).contiguous() for x in tensors]  # (1, H, T, hd)
-    with context_parallel(mesh, buffers=its, buffer_seq_dims=[2] * 4), sdpa_kernel(kernel):
-        leaves = [x.detach().requires_grad_() for x in leaves]
-        return _milliseconds(lambda: torch.autograd.grad(
-            F.scaled_dot_product_attention(*leaves, is_causal=True), leaves, dout), n)
+    def f():
+        out = F.scaled_dot_product_attention(*leaves, is_causal=True)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+    return f(), _milliseconds(f, n)
 
 
 def _benchmark(rank, P, store):
     """One process of P; rank 0 prints. store: path of a file that does not exist."""
-    cuda, device, dtype = torch.cuda.is_available(), torch.device('cpu'), torch.float32
-    if cuda:
-        device, dtype = torch.device('cuda', rank), torch.bfloat16
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import set_rotate_method
+    device, dtype, H, hd = torch.device('cpu'), torch.float32, 4, 64
+    if cuda := torch.cuda.is_available():
+        device, dtype, H, hd = torch.device('cuda', rank), torch.bfloat16, 16, 128
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
     dist.init_process_group('nccl' if cuda else 'gloo', init_method=f'file://{store}', rank=rank,
                             world_size=P, device_id=device if cuda else None)
     ring, mesh = Ring(dist.group.WORLD), dist.init_device_mesh(device.type, (P,))
-    H, hd = (16, 128) if cuda else (4, 64)
     backend = kernels.attention_backend(device.type, dtype, hd)
-    if rank == 0:
-        name = torch.cuda.get_device_name() if cuda else 'CPU'
-        print(f'{P} x {name}, torch {torch.__version__}: causal attention ({backend}), {H} heads '
-              f'of {hd}, forward and backward, ms (and share of the ideal, one process / {P})\n\n'
-              '| T | one process | eager | compiled, in a CUDA graph | context_parallel |\n|'
-              + 5 * '---|')
+    say = functools.partial(print, flush=True) if rank == 0 else lambda line: None
+    say(f'{P} x {torch.cuda.get_device_name() if cuda else "CPU"}, torch {torch.__version__}: ms '
+        f'forward and backward ({backend}, {H} heads of {hd}), and share of one process / {P}\n\n|'
+        ' T | one process | eager | compiled in a CUDA graph | context_parallel |\n|' + 5 * '---|')
+    set_rotate_method('alltoall')
     for n_tokens in (4096, 8192, 16384, 65536, 131072) if cuda else (1024, 4096):  # of a rank
-        T, g = n_tokens * P, torch.Generator(device).manual_seed(0)
-        whole = torch.randn(4, 1, T, H, hd, generator=g, dtype=dtype, device=device)
-        q, k, v, dout = (ring.shard(x, n_tokens // 2).detach().requires_grad_() for x in whole)
+        T, n = n_tokens * P, 5 if n_tokens * P < 100_000 else 1
+        torch.manual_seed(0)
+        whole = torch.randn(4, 1, T, H, hd, dtype=dtype, device=device)
+        q, k, v, dout = (ring.shard(x, n_tokens // 2).requires_grad_() for x in whole)
         kv = torch.stack((k, v), dim=2).detach().requires_grad_()
-        table = kernels.rope_table(1, hd, 1.0).to(device)  # all at position 0: rotates by nothing
-        table = table.expand(P, n_tokens, 2, hd)
-
-        def alone():
-            out, lse = kernels.attention_forward(*whole[:3], True, backend)
-            return out, *kernels.attention_backward(whole[3], *whole[:3], out, lse, True, backend)
+        table = kernels.rope_table(1, hd, 1.0).to(device).expand(P, n_tokens, 2, hd)  # position 0
 
         def ours(compiling=False):
             with kernels.compiling(compiling):
                 out = attend(ring, q, k, v, (kv,), _Uncompressed(), (), table, None, span=n_tokens)
             return out.detach(), *torch.autograd.grad(out, (q, k, v, kv), dout)
+        whole = [x.transpose(1, 2).contiguous() for x in whole]  # (1, H, T, hd), as PyTorch likes
+        expected, one = _theirs(*whole, n)
         out, dq, dk, dv, dkv = ours(cuda)
-        for x, y in zip(alone(), (out, dq, dk + dkv[:, :, 0], dv + dkv[:, :, 1])):
-            x, y = ring.shard(x, n_tokens // 2).float(), y.float()
-            assert (x - y).norm() < 1e-2 * x.norm(), 'ring attention differs from attention'
-        fs, n = [alone, ours], 5 if T < 100_000 else 1
+        for x, y in zip(expected, (out, dq, dk + dkv[:, :, 0], dv + dkv[:, :, 1])):
+            x = ring.shard(x.transpose(1, 2), n_tokens // 2)
+            assert (x - y).float().norm() < 1e-2 * x.float().norm(), 'it differs from attention'
+        times = [_milliseconds(ours, n)]
         if cuda:
-            fs.append(_replay(functools.partial(ours, True)))
-        times = [[*(_milliseconds(f, n) for f in fs),
-                  *([_theirs(mesh, whole, backend, n)] if cuda else [])] for _ in range(3)]
-        one, *several = (sorted(t)[1] for t in zip(*times))  # medians
-        if rank == 0:
-            print(f'| {T} | {one:.1f} |', *(f'{t:.1f} ({one / P / t:.1%}) |' for t in several),
-                  flush=True)
-        fs.clear()  # NCCL waits for its graphs before it ends
+            times.append(_milliseconds(functools.partial(ours, True), n, as_graph=True))
+            with context_parallel(mesh, buffers=whole, buffer_seq_dims=[2] * 4):
+                times.append(_theirs(*whole, n)[1])
+        say(f'| {T} | {one:.1f} | ' + ' '.join(f'{t:.1f} ({one / P / t:.1%}) |' for t in times))
     dist.destroy_process_group()
 
 

@@ -175,15 +175,16 @@ class FakeLink(Link):
 
 def test_dialled_link():
     """8 Mbps is a byte a microsecond. A rehearsal waits as a rank does."""
-    link = FakeLink(mbps=8, latency_ms=100)
-    # one after the other; an idle link sends at once
-    assert [link.send(10**6, now) for now in (0.0, 0.0, 5.0)] == pytest.approx([1, 2, 6])
+    link, cpu = FakeLink(mbps=8, latency_ms=100), torch.device('cpu')
+    for link.time, leaves in ((0, 1), (0, 2), (5, 6)):  # in a queue; an idle link sends at once
+        assert link.send(10**6, cpu).item() == pytest.approx(leaves)
+    link.time = 0.0
     # sent back to back the latency is not paid again; from another sender as fast as we receive
     for left, arrives in ((1.0, 1.1), (2.0, 2.1), (2.0, 3.1)):
         link.receive(10**6, left)
         assert link.time == pytest.approx(arrives)
-    no_limit = Link(latency_ms=1)
-    assert no_limit.dialled and no_limit.send(10**9, now=1.0) == 1.0 and not Link().dialled
+    no_limit = FakeLink(latency_ms=1)
+    assert no_limit.dialled and no_limit.send(10**9, cpu).item() == 0.0 and not Link().dialled
     # 1000 float64: 8 ms, and 5 ms of latency; an average over 4: 12 ms and 6 x 5
     link, x = FakeLink(mbps=8, latency_ms=5), torch.arange(1000.0, dtype=torch.float64)
     ring = Rehearsal(4, link)
