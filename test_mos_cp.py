@@ -219,16 +219,16 @@ OPTIONS = [
     dict(send='topk', exact_local=False), dict(send='full', wire_dtype='int4', **EXACT),
     dict(send='full', wire_dtype='int8', exact_local=False, n_head=4, n_kv_head=2, **EXACT),
     dict(send='topk', exact_local=False, wire_dtype='int8', **EXACT),
-    dict(), dict(compress_last=False), dict(recompute=True), dict(wire_dtype='int4', **EXACT),
-    dict(guess_tokens=1), dict(guess_tokens=3), dict(keep=False, n_head=4, n_kv_head=2),
+    dict(), dict(compress_last=False), dict(exact_local=False), dict(theta='chunk'), ONE,
+    dict(recompute=True, n_generators=0), dict(wire_dtype='int4', **EXACT),
+    dict(guess_tokens=1), dict(guess_tokens=3), dict(guess_dim=0, n_generators=2),
+    dict(wire_dtype='bf16', joint_kv=False, latent_dim_k=4, **EXACT),
+    dict(keep=False, n_head=4, n_kv_head=2),
     dict(keep=False, n_kv_head=3, block_size=48, n_chunks=24),  # 3 chunks in a part of a shard
-    dict(wire_dtype='bf16', joint_kv=False, **EXACT), dict(joint_kv=False, latent_dim_k=4),
-    dict(exact_local=False), ONE, dict(n_generators=0), dict(guess_dim=0, n_generators=2),
-    dict(theta='chunk'), dict(subspace='frozen', n_generators=0),
     dict(subspace='frozen', n_generators=2), {**PAPER, 'n_generators': 0},
     dict(PAPER, compress_last=False), dict(PAPER, wire_dtype='int8', **EXACT),
-    {**PAPER, 'exact_local': True, 'generator_norm': 'spectral', 'n_generators': 3},
-    dict(PAPER, theta_max=100.0, keep=False)]
+    dict(PAPER, theta_max=100.0, keep=False),
+    {**PAPER, 'exact_local': True, 'generator_norm': 'spectral', 'n_generators': 3}]
 IDX = torch.randint(50, (1, 32), generator=seeded(0))
 
 
@@ -291,7 +291,7 @@ def check_model_equals_dense_model(ring):
 def check_low_precision(ring):
     """Shards are merged in float32."""
     with patch.object(kernels, 'merge', side_effect=kernels.merge) as merge:
-        for dtype, tolerance in ((torch.float32, 2e-4), (torch.bfloat16, 0.1)):
+        for dtype, tolerance in ((torch.float32, 5e-5), (torch.bfloat16, 0.1)):
             for options in (dict(), dict(exact_local=False)):
                 found = train_steps(small_model(ring, **options).to(dtype), 1)
                 expected = train_steps(small_model(**options).to(dtype).double(), 1, dense_attend)
@@ -472,7 +472,7 @@ def test_on_every_rank(world_size, name):
 
 
 # -----------------------------------------------------------------------------
-# mos_cp.py: the codecs
+# mos_cp.py: the codecs, and the model's interface
 
 def mixture(**options):
     """A codec of float64 alone: two key heads of 8, so that d is 16."""
@@ -649,9 +649,6 @@ def test_principal_directions():
     shares = (z @ U).square().sum(0)
     assert shares.max() < 0.9 * shares.sum()  # along the eigenvectors: about 0.96
 
-
-# -----------------------------------------------------------------------------
-# mos_cp.py: the model's interface
 
 def test_backward_of_a_ring_of_one(monkeypatch):
     """The math kernel's tensors lie in another order in memory. A second backward is refused."""
