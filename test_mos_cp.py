@@ -564,13 +564,11 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
             theta = payload[-1].abs()
             assert (theta.mean(dim=(0, 1)) > 0.04).all() and theta.max() < 0.2
         return relative_error(codec.expand(payload, tokens, weights), kv)
-    for k, joint_kv in itertools.product((0, 4), (True, False)):
-        options = dict(joint_kv=joint_kv, latent_dim_k=6)
-        errors = [left(guess_dim=m, n_generators=k, **options) for m in (0, 8, 99)]
-        assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.05, (options, errors)
-        if k == 0 and joint_kv:
-            mixed = [left(guess_dim=m, n_generators=4) for m in (0, 8, 99)]
-            assert mixed == pytest.approx(errors, rel=1e-9)
+    for joint_kv in (True, False):
+        errors, mixed = ([left(joint_kv=joint_kv, latent_dim_k=6, guess_dim=m, n_generators=k)
+                          for m in (0, 8, 99)] for k in (0, 4))
+        assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.05, (joint_kv, errors)
+        assert mixed == pytest.approx(errors, rel=1e-9)
 
 
 def test_codecs_of_a_model():
