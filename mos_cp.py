@@ -57,9 +57,10 @@ class Full(nn.Module):
         """
         return ()
 
-    def compress(self, kv, tokens, weights):
+    def compress(self, x, kv, tokens, weights):
         """
-        kv (B, T, 2, Hkv, hd) -> payload. tokens (B, T, guess_tokens): each, and those before it.
+        The layer's normed input x (B, T, n_embd) and its kv = c_kv(x) (B, T, 2, Hkv, hd) -> payload.
+        tokens (B, T, guess_tokens): each, and those before it.
         """
         return (kv,)
 
@@ -95,9 +96,9 @@ class Full(nn.Module):
             return t.to(dtype) if wire_dtype == 'bf16' and t.is_floating_point() else t
         return [restored(t, size) for t, size in zip(wire, sizes)]
 
-    def wire_bytes(self, kv, tokens, weights):
+    def wire_bytes(self, x, kv, tokens, weights):
         """Bytes that kv, on the meta device, costs a rank it travels to: (forward, backward)."""
-        payload = self.compress(kv, tokens, weights)
+        payload = self.compress(x, kv, tokens, weights)
         fwd = sum(t.nbytes for t in self.pack(payload))
         gradient = [t for t in payload if t.is_floating_point()]
         bwd = sum(t.nbytes for t in self.pack(gradient, gradient=True))
@@ -106,72 +107,83 @@ class Full(nn.Module):
 
 class Mixture(Full):
     """
-    What the words do not say, in a subspace that the token chooses. Of a token, with Z its key and
-    value [K, V] in R^(2d):
+    What the words do not say, in a subspace that the token chooses. Of a token whose key and value
+    are [K, V] = W x (W: the layer's c_kv, x: its normed input, in R^n):
 
-        guess    G = W e + b                            e: embeddings of it and the token before
-        mixture  theta = c tanh(psi (Z - G))            k numbers (n_generators), c = theta_max
-                 U(theta) = U_0 + sum_l theta_l U_l     each U_l: (2d, r), r numbers (latent_dim)
-        send     z = U(theta)^T (Z - G), and theta      in 4 bits each, say
-        rebuild  Z_hat = G + U(theta) z
+        guess    g = A t + b                            t = W_in e, e: embeddings of it and the
+                                                        token before
+        mixture  theta = c tanh(psi (x - g))            k numbers (n_generators), c = theta_max
+                 E(theta) = E_0 + sum_l theta_l E_l     each E_l: (n, r), r numbers (latent_dim);
+                                                        D(theta) likewise
+        send     z = E(theta)^T (x - g), and theta      in 4 bits each, say
+        rebuild  [K, V] = W (g + D(theta) z) + B t
 
-    Every rank knows every token, so the guess costs no byte. Nothing looks at later tokens. U_l,
-    psi, W = W_out W_in (of rank guess_dim) and b are learned; k = 0 is one learned subspace.
+    Every rank has W and knows every token, so the guess costs no byte, what is rebuilt moves with W
+    as W learns, and W learns from all ranks' queries. Nothing looks at later tokens. All letters
+    but c are learned (W_in, A and B of rank guess_dim); k = 0 is one learned subspace.
 
-    The paper (Algorithm 1) is the same with other choices: no guess; K and V apart; theta of a
-    chunk's mean, clipped; U(theta) = (I + M + M^2 / 2) U_0 with M = sum_l theta_l A_l and frozen
-    U_0 and skew-symmetric A_l: to second order, a rotation of U_0.
+    subspace_of = 'kv': the same of [K, V] itself, with E = D = U, no W and no B. The paper
+    (Algorithm 1) is this with other choices: no guess; K and V apart; theta of a chunk's mean,
+    clipped; U(theta) = (I + M + M^2 / 2) U_0 with M = sum_l theta_l G_l and frozen U_0 and
+    skew-symmetric G_l: to second order, a rotation of U_0.
     """
     keep = True
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.config, self.frozen = config, config.subspace == 'frozen'
+        self.of_input = config.subspace_of == 'input'
         # random numbers of its own: the initial weights must not depend on what is sent
         self.seed = (torch.initial_seed() * 1000 + layer) % 2**63
         rng = torch.Generator().manual_seed(self.seed)
-        self.U, self.psi = nn.ParameterList(), nn.ParameterList()  # one each, or of K and of V
-        for D, r in config.subspaces:
-            U_0 = torch.linalg.qr(torch.randn(D, r, generator=rng))[0]
-            self.U.append(nn.Parameter(self.family(U_0), requires_grad=not self.frozen))
+        # one each, or of K and of V
+        self.E, self.D, self.psi = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+        for n, r in config.subspaces:
+            U_0 = self.family(torch.linalg.qr(torch.randn(n, r, generator=rng))[0])
+            for matrices in (self.E, self.D)[:1 + self.of_input]:
+                matrices.append(nn.Parameter(U_0.clone(), requires_grad=not self.frozen))
             if k := config.n_generators:
-                self.psi.append(nn.Parameter(0.02 * torch.randn(k, D, generator=rng)))
-        width = 2 * config.n_kv_head * config.head_dim
+                self.psi.append(nn.Parameter(0.02 * torch.randn(k, n, generator=rng)))
+        n, width = sum(map(len, self.E)), 2 * config.n_kv_head * config.head_dim
         self.guess_dim = m = min(config.guess_dim, config.n_embd, width)
         if m:
             self.W_in = nn.Parameter(torch.zeros(config.guess_tokens, m, config.n_embd))
-            self.W_out = nn.Parameter(torch.zeros(width, m))
-            self.b = nn.Parameter(torch.zeros(width))
+            self.A, self.b = nn.Parameter(torch.zeros(n, m)), nn.Parameter(torch.zeros(n))
+            if self.of_input:
+                self.B = nn.Parameter(torch.zeros(width, m))
 
     def family(self, U_0):
         """
-        U_0 (D, r) and the matrices mixed into it -> (D, J, r). Learned ones, J = 1 + k, begin at 0:
-        a mixture begins as the one subspace it contains. Frozen: A_l U_0 and A_l A_m U_0 / 2.
+        U_0 (n, r) and the matrices mixed into it -> (n, J, r). Learned ones, J = 1 + k, begin at 0:
+        a mixture begins as the one subspace it contains. Frozen: G_l U_0 and G_l G_m U_0 / 2.
         """
-        k, (D, _) = self.config.n_generators, U_0.shape
+        k, (n, _) = self.config.n_generators, U_0.shape
         if k == 0 or not self.frozen:
             return F.pad(U_0[:, None], (0, 0, 0, k))
-        S = torch.randn(k, D, D, generator=torch.Generator().manual_seed(self.seed)).to(U_0)
+        S = torch.randn(k, n, n, generator=torch.Generator().manual_seed(self.seed)).to(U_0)
         order = 'fro' if self.config.generator_norm == 'frobenius' else 2
-        A = (S - S.mT) / torch.linalg.matrix_norm(S - S.mT, order, keepdim=True)
-        first = torch.einsum('lde,er->dlr', A, U_0)
-        second = torch.einsum('lde,emr->dlmr', A, first).flatten(1, 2) / 2
+        G = (S - S.mT) / torch.linalg.matrix_norm(S - S.mT, order, keepdim=True)
+        first = torch.einsum('lde,er->dlr', G, U_0)
+        second = torch.einsum('lde,emr->dlmr', G, first).flatten(1, 2) / 2
         return torch.cat((U_0[:, None], first, second), dim=1)
 
     def weights(self, embedding, norm, c_kv):
-        guess = ()
+        guess, matrices = (), tuple(self.E)
         if self.guess_dim:  # a table: of each word guess_dim numbers for each place
             table = F.linear(norm(embedding), self.W_in.flatten(0, 1))
-            guess = table, self.W_out, self.b
-        return guess + tuple(self.U)
+            guess = table, self.A, self.b
+        if self.of_input:  # W (A t + b + D z) + B t = (W A + B) t + W b + (W D) z
+            W, matrices = c_kv.weight, tuple(self.D)
+            matrices = tuple((W @ D.flatten(1)).unflatten(1, D.shape[1:]) for D in matrices)
+            if self.guess_dim:
+                guess = table, W @ self.A + self.B, W @ self.b
+        return guess + matrices
 
-    def guess(self, tokens, weights, dtype):
-        """G: (B, T, 2 d)"""
-        if not self.guess_dim:
-            return 0
-        (table, W_out, b), n = (w.to(dtype) for w in weights[:3]), tokens.shape[-1]
+    def guess(self, tokens, table, A, b):
+        """A t + b of tokens (B, T, guess_tokens) -> (B, T, len(b))"""
+        n = tokens.shape[-1]
         rows = tokens * n + torch.arange(n, device=tokens.device)  # a word in its place
-        return F.embedding(rows, table.view(-1, self.guess_dim)).sum(dim=2) @ W_out.mT + b
+        return F.embedding(rows, table.view(-1, self.guess_dim)).sum(dim=2) @ A.mT + b
 
     def theta(self, Z, psi):
         """Z (B, T, D) -> (B, T, k), or of each chunk (B, chunks, k)"""
@@ -188,13 +200,14 @@ class Mixture(Full):
             parts.append((theta[..., :, None] * theta[..., None, :]).flatten(2))
         return torch.cat(parts, dim=-1).unsqueeze(-1)
 
-    def compress(self, kv, tokens, weights):
-        rest = kv.flatten(2)  # (B, T, 2 d)
-        rest = rest - self.guess(tokens, weights, rest.dtype)
-        Us, zs, thetas = weights[-len(self.U):], [], []
-        for i, (Z, U) in enumerate(zip(rest.split([len(U) for U in Us], dim=-1), Us)):
-            J, r = U.shape[1:]
-            z = (Z @ aligned(U.flatten(1)).to(Z.dtype))[..., :J * r]  # U_0^T Z, U_1^T Z, ...
+    def compress(self, x, kv, tokens, weights):
+        rest, zs, thetas = x if self.of_input else kv.flatten(2), [], []  # (B, T, n)
+        if self.guess_dim:
+            guess = (w.to(rest.dtype) for w in (weights[0], self.A, self.b))
+            rest = rest - self.guess(tokens, *guess)
+        for i, (Z, E) in enumerate(zip(rest.split([len(E) for E in self.E], dim=-1), self.E)):
+            J, r = E.shape[1:]
+            z = (Z @ aligned(E.flatten(1)).to(Z.dtype))[..., :J * r]  # E_0^T Z, E_1^T Z, ...
             if J > 1:
                 thetas.append(self.theta(Z, self.psi[i]))
                 z = (self.mix(thetas[-1], Z.shape[1]) * z.unflatten(-1, (J, r))).sum(dim=2)
@@ -202,47 +215,65 @@ class Mixture(Full):
         return *zs, *thetas
 
     def expand(self, payload, tokens, weights):
-        n, rebuilt = len(self.U), []
-        for i, (z, U) in enumerate(zip(payload, weights[-n:])):
+        n, rebuilt = len(self.E), []
+        for i, (z, D) in enumerate(zip(payload, weights[-n:])):
             if len(payload) > n:  # theta came too
                 z = (self.mix(payload[n + i], z.shape[1]) * z.unsqueeze(2)).flatten(2)
-            rebuilt.append(aligned(z) @ aligned(U.flatten(1)).to(z.dtype).mT)
+            rebuilt.append(aligned(z) @ aligned(D.flatten(1)).to(z.dtype).mT)
         rebuilt = torch.cat(rebuilt, dim=-1)  # (B, T, 2 d)
-        rebuilt = rebuilt + self.guess(tokens, weights, rebuilt.dtype)
+        if self.guess_dim:
+            rebuilt = rebuilt + self.guess(tokens, *(w.to(z.dtype) for w in weights[:3]))
         return rebuilt.unflatten(-1, self.shape)
 
     @torch.no_grad()
-    def start(self, moment):
+    def start(self, moment, c_kv):
         """
-        From second moments of rows [Z, e, 1] (`GPT.moments`): the guess becomes the regression of Z
-        on e, the subspace the principal directions of what that leaves.
+        From second moments of rows [x, e, 1] (`GPT.moments`): the guess becomes the regression of x
+        on e, the subspace the best for W of what that leaves. With subspace_of = 'kv', x is [K, V] and W is 1.
         """
-        C, dim = moment.double(), sum(len(U) for U in self.U)
-        left = C[:dim, :dim]
+        C, n = moment.double(), sum(map(len, self.E))
+        W = c_kv.weight.double() if self.of_input else torch.eye(n).to(C)
+        left = C[:n, :n]
         if m := self.guess_dim:
-            # 1. Ridge regression: W = argmin |Z - W [e, 1]|^2 + 0.01 |e|^2 |W|^2
-            ez, ee = C[dim:, :dim], C[dim:, dim:]
+            # 1. Ridge regression: R = argmin |x - R [e, 1]|^2 + 0.01 |e|^2 |R|^2
+            ex, ee = C[n:, :n], C[n:, n:]
             ridge = torch.full_like(ee[0], 0.01 * ee.diagonal()[:-1].mean() + 1e-6)
             ridge[-1] = 1e-6  # not of the mean
-            W = torch.linalg.solve(ee + ridge.diag(), ez).T  # (2 d, guess_tokens * n_embd + 1)
-            # 2. The best of rank m: W projected on the principal directions of what it predicts
-            self.W_out.copy_(torch.linalg.eigh(W @ ee @ W.T)[1][:, -m:])
-            W_in = self.W_out.double().T @ W[:, :-1]
+            R = torch.linalg.solve(ee + ridge.diag(), ex).T  # (n, guess_tokens * n_embd + 1)
+            # 2. The best of rank m
+            E, A = bottleneck(R @ ee @ R.T, W, m)
+            W_in = E.T @ R[:, :-1]
+            self.A.copy_(A)
+            self.b.copy_(R[:, -1])
             self.W_in.copy_(W_in.unflatten(1, (-1, self.config.n_embd)).transpose(0, 1))
-            self.b.copy_(W[:, -1])
-            # 3. Second moments of Z - G
-            W = torch.cat((self.W_out.double() @ W_in, W[:, -1:]), dim=1)
-            left = left - W @ ez - (W @ ez).T + W @ ee @ W.T
+            # 3. Second moments of x - g
+            R = torch.cat((A @ W_in, R[:, -1:]), dim=1)
+            left = left - R @ ex - (R @ ex).T + R @ ee @ R.T
         rng, begin = torch.Generator().manual_seed(self.seed), 0
-        for i, U in enumerate(self.U):
-            M = left[begin:begin + len(U), begin:begin + len(U)]
-            begin += len(U)
-            U.copy_(self.family(principal_directions(M, U.shape[2])))
+        for i, U in enumerate(self.E):
+            part = slice(begin, begin + len(U))
+            M, begin = left[part, part], part.stop
+            for matrices, U_0 in zip((self.E, self.D), bottleneck(M, W[:, part], U.shape[2])):
+                if len(matrices):
+                    matrices[i].copy_(self.family(U_0))
             if len(self.psi) and not self.frozen:
-                # 4. A random psi by which psi (Z - G) has variance 1: tanh bends, and is not flat
+                # 4. A random psi by which psi (x - g) has variance 1: tanh bends, and is not flat
                 psi = torch.randn(self.psi[i].shape, generator=rng).to(M)
                 variance = torch.einsum('kd,de,ke->k', psi, M, psi) / C[-1, -1]  # over all rows
                 self.psi[i].copy_(psi / variance.clamp(min=1e-30).sqrt()[:, None])
+
+
+def bottleneck(M, W, r):
+    """
+    The best way of x, with second moment M (n, n), through r numbers: E and D (n, r), equally large,
+    that minimise the mean of |W (x - D E^T x)|^2, W (w, n).
+    """
+    # 1. W D E^T x is W x in its r principal directions V: so E^T x = V^T W x
+    E = W.T @ principal_directions(W @ M @ W.T, r)
+    # 2. D: the regression of x on E^T x
+    D = M @ E @ torch.linalg.pinv(E.T @ M @ E, rtol=1e-9, hermitian=True)
+    scale = (D.norm() / E.norm()).sqrt().clamp(1e-3, 1e3)
+    return E * scale, D / scale
 
 
 def aligned(x):
@@ -268,7 +299,7 @@ class Words(Full):
     def weights(self, embedding, norm, c_kv):
         return (c_kv(norm(embedding)),)  # those of all words: (vocab_size, 2 d)
 
-    def compress(self, kv, tokens, weights):
+    def compress(self, x, kv, tokens, weights):
         return ()
 
     def expand(self, payload, tokens, weights):
@@ -283,7 +314,7 @@ class TopK(Full):
         super().__init__(config, layer)
         self.n = max(1, round(config.topk * config.n_kv_head * config.head_dim))
 
-    def compress(self, kv, tokens, weights):
+    def compress(self, x, kv, tokens, weights):
         kv = kv.flatten(3)  # (B, T, 2, d)
         where = kv.abs().topk(self.n, dim=-1).indices
         return kv.gather(-1, where), where.to(torch.int16 if kv.shape[-1] <= 2**15 else torch.int32)
@@ -306,6 +337,7 @@ CHOICES = {  # the values an option takes; train.py's flags check against these 
     'grad_wire_dtype': ('same', 'compute', 'bf16', 'int8', 'int4'),
     'theta': ('token', 'chunk'),
     'subspace': ('learned', 'frozen'),
+    'subspace_of': ('input', 'kv'),
     'generator_norm': ('frobenius', 'spectral'),
 }
 
@@ -337,6 +369,7 @@ class GPTConfig:
     subspace: str = 'learned'  # or frozen: skew-symmetric generators rotate it (the paper)
     generator_norm: str = 'frobenius'  # of frozen ones: frobenius (the paper) or spectral norm 1
     theta_max: float = 0.2  # largest |theta|; the paper's is 0.5
+    subspace_of: str = 'input'  # of the layer's input, or of kv: keys and values (the paper)
     guess_dim: int = 512  # rank of the guess by the tokens, at most n_embd; 0: no guess
     guess_tokens: int = 2  # tokens that the guess looks at: this one, and those just before it
     exact_local: bool = True  # a chunk's own keys and values are exact; False (the paper): rebuilt
@@ -393,7 +426,12 @@ class GPTConfig:
 
     @property
     def subspaces(self):
-        """(d, r) of each subspace: one for [K, V] together in R^2d, or one for K and one for V."""
+        """
+        (n, r) of each subspace: one of the layer's input, or of [K, V] together in R^2d, or one for
+        K and one for V.
+        """
+        if self.subspace_of == 'input':
+            return [(self.n_embd, self.latent_dim)]
         d = self.n_kv_head * self.head_dim  # width of all keys, and of all values, of a token
         apart = [(d, self.latent_dim_k), (d, self.latent_dim - self.latent_dim_k)]
         return [(2 * d, self.latent_dim)] if self.joint_kv else apart
@@ -444,7 +482,7 @@ class Attention(nn.Module):
         q = self.c_q(x).unflatten(-1, (-1, self.config.head_dim))
         kv = self.c_kv(x).unflatten(-1, (2, -1, self.config.head_dim))
         weights = self.active.weights(embedding, norm, self.c_kv) if self.active else ()
-        payload = self.active.compress(kv, tokens, weights) if self.active else ()
+        payload = self.active.compress(x, kv, tokens, weights) if self.active else ()
         return kernels.rope(q, table), kernels.rope(kv[:, :, 0], table), kv, payload, weights
 
     def attend(self, q, k, kv, payload, weights, ring, table, tokens):
@@ -613,41 +651,50 @@ class GPT(nn.Module):
     @property
     def codecs(self):
         """Those that have something to start."""
-        return [b.attn.codec for b in self.h if hasattr(b.attn.codec, 'start')]
+        return [block.attn.codec for block in self.started]
+
+    @property
+    def started(self):
+        """The blocks whose codec has something to start."""
+        return [block for block in self.h if hasattr(block.attn.codec, 'start')]
 
     @torch.no_grad()
     def moments(self, idx=None):
         """
-        For each of self.codecs, second moments of rows [Z, e, 1] over this rank's tokens of idx: Z
-        is a token's keys and values, e (if there is a guess) the embeddings of the tokens, normed
-        as the layer's input. To be summed over ranks and batches. None: Z are columns of the
-        weights W of Z = X W, as in the paper, and e is 0.
+        For each of self.codecs, second moments of rows [x, e, 1] over this rank's tokens of idx: x
+        is what its subspace is of, the layer's normed input or its keys and values, e (if there is
+        a guess) the embeddings of the tokens, normed alike. To be summed over ranks and batches.
+        None: x are rows of the weights W of [K, V] = W x, or as in the paper columns; e is 0.
         """
-        def moment(Z, e):
-            with torch.autocast(Z.device.type, enabled=False):  # float32 at least
-                rows = torch.cat((Z, e, torch.ones_like(Z[:, :1])), dim=1)
-                rows = rows.to(kernels.accumulation_dtype(Z.dtype))
+        def moment(x, e):
+            with torch.autocast(x.device.type, enabled=False):  # float32 at least
+                rows = torch.cat((x, e, torch.ones_like(x[:, :1])), dim=1)
+                rows = rows.to(kernels.accumulation_dtype(x.dtype))
                 return rows.T @ rows
 
-        blocks, found = [b for b in self.h if b.attn.codec in self.codecs], []
+        blocks, found, of_input = self.started, [], self.config.subspace_of == 'input'
         if idx is None:
-            weights = [b.attn.c_kv.weight.T for b in blocks]  # (n_embd, 2 d)
             n = self.config.guess_tokens * self.config.n_embd if self.config.guess_dim else 0
-            return [moment(W, W.new_zeros(len(W), n)) for W in weights]
+            for block in blocks:
+                W = block.attn.c_kv.weight  # (2 d, n_embd)
+                W = W if of_input else W.T
+                found.append(moment(W, W.new_zeros(len(W), n)))
+            return found
         x, table, tokens = self.inputs(idx)
         for block in self.h:
             if block in blocks:
-                Z, e = block.attn.c_kv(block.ln_1(x)), x[..., :0]  # no guess: e has no numbers
+                normed, e = block.ln_1(x), x[..., :0]  # no guess: e has no numbers
                 if self.config.guess_dim:
                     e = block.ln_1(self.wte(tokens[self.ring.rank])).flatten(2)
-                found.append(moment(Z.flatten(0, 1), e.flatten(0, 1)))
+                of = normed if of_input else block.attn.c_kv(normed)
+                found.append(moment(of.flatten(0, 1), e.flatten(0, 1)))
             x = block(x, self.ring, table, tokens, self.wte.weight)
         return found
 
     def start_codecs(self, moments):
         """moments: the sums of all that `moments` gave."""
-        for codec, moment in zip(self.codecs, moments):
-            codec.start(moment)
+        for block, moment in zip(self.started, moments):
+            block.attn.codec.start(moment, block.attn.c_kv)
 
     # -- nanoGPT's interface
 

@@ -201,7 +201,7 @@ class First(mos_cp.Full):
     """What a reader would write first: 4 numbers of each key and value. Rounded like the rest."""
     keep = True
 
-    def compress(self, kv, tokens, weights):
+    def compress(self, x, kv, tokens, weights):
         return (kv[..., :4],)
 
     def expand(self, payload, tokens, weights):
@@ -211,8 +211,8 @@ class First(mos_cp.Full):
 mos_cp.CODECS['first'] = First
 EXACT = dict(grad_wire_dtype='compute')  # a gradient that travels is not rounded at random
 ONE = dict(n_generators=0, guess_dim=0)  # one learned subspace
-PAPER = dict(subspace='frozen', theta='chunk', n_generators=1, guess_dim=0, joint_kv=False,
-             exact_local=False, theta_max=0.5)
+PAPER = dict(subspace='frozen', subspace_of='kv', theta='chunk', n_generators=1, guess_dim=0,
+             joint_kv=False, exact_local=False, theta_max=0.5)
 OPTIONS = [
     dict(send='first', wire_dtype='int8', **EXACT),
     dict(send='full'), dict(send='local'), dict(send='topk', topk=0.3),
@@ -222,7 +222,8 @@ OPTIONS = [
     dict(), dict(compress_last=False), dict(exact_local=False), dict(theta='chunk'), ONE,
     dict(recompute=True, n_generators=0), dict(wire_dtype='int4', **EXACT),
     dict(guess_tokens=1), dict(guess_tokens=3), dict(guess_dim=0, n_generators=2),
-    dict(wire_dtype='bf16', joint_kv=False, latent_dim_k=4, **EXACT),
+    dict(subspace_of='kv'), dict(ONE, subspace_of='kv'),
+    dict(subspace_of='kv', wire_dtype='bf16', joint_kv=False, latent_dim_k=4, **EXACT),
     dict(keep=False, n_head=4, n_kv_head=2),
     dict(keep=False, n_kv_head=3, block_size=48, n_chunks=24),  # 3 chunks in a part of a shard
     dict(subspace='frozen', n_generators=2), {**PAPER, 'n_generators': 0},
@@ -355,8 +356,8 @@ def check_meter_equals_formula(ring):
         # 7 numbers of 4 bits and a scale, 4 theta and theirs
         'int4 mixture': (dict(n_layer=3, wire_dtype='int4'), *((4 + 2 + 2 + 2) * T,) * 2),
         # 2 + 5 numbers of 4 bits and two scales; 7 of bf16
-        'apart': (dict(ONE, joint_kv=False, wire_dtype='int4', grad_wire_dtype='bf16'),
-                  (1 + 2 + 3 + 2) * T, 7 * 2 * T),
+        'apart': (dict(ONE, subspace_of='kv', joint_kv=False, wire_dtype='int4',
+                       grad_wire_dtype='bf16'), (1 + 2 + 3 + 2) * T, 7 * 2 * T),
         'paper': ({**PAPER, 'n_generators': 2, 'latent_dim': 6},
                   *(2 * 3 * T * 8 + 2 * 2 * c * 8,) * 2)}
 
@@ -371,11 +372,12 @@ def check_meter_equals_formula(ring):
             2 * B * hops * fwd, 2 * B * hops * bwd), (kind, m)
         assert step(Rehearsal(ring.world_size), options)[0] == m, kind  # by this process alone
         if attn.codec:
-            kv = torch.empty(B, T, 2, 1, d, dtype=torch.float64, device='meta')
+            x, kv = (torch.empty(B, T, *shape, dtype=torch.float64, device='meta')
+                     for shape in ((48,), (2, 1, d)))
             e = torch.empty(50, 48, dtype=torch.float64, device='meta')
             tokens = torch.empty(B, T, 2, dtype=torch.int64, device='meta')
             weights = attn.codec.weights(e, lambda e: e, attn.c_kv)
-            assert attn.codec.wire_bytes(kv, tokens, weights) == (B * fwd, B * bwd), kind
+            assert attn.codec.wire_bytes(x, kv, tokens, weights) == (B * fwd, B * bwd), kind
         n = 2 * hops if fwd else 0  # exchanges: one a layer and hop
         twice = 1 + (kind in ('full', 'int4'))  # keys and values, once more
         assert (m['exchanges_fwd'], m['exchanges_bwd']) == (n, twice * n), (kind, m)
@@ -398,21 +400,24 @@ def check_quantised_gradients_are_unbiased(ring):
 
 
 def check_warm_start_agrees_over_ranks(ring):
-    """Moments are those of all ranks' keys, values and embeddings, or of weights."""
+    """Moments are those of all ranks' inputs, keys and values, and embeddings, or of weights."""
     idx = torch.randint(50, (2, 32), generator=seeded(1))
     words = torch.stack((idx, torch.cat((idx[:, :1], idx[:, :-1]), dim=1)), dim=-1).flatten(0, 1)
-    for guess_dim in (5, 0):
-        (model, alone), kvs = (small_model(r, guess_dim=guess_dim) for r in (ring, None)), []
+    for guess_dim, of in ((5, 'input'), (0, 'input'), (5, 'kv')):
+        options, seen = dict(guess_dim=guess_dim, subspace_of=of), []
+        model, alone = (small_model(r, **options) for r in (ring, None))
         moments = [ring.all_reduce(m, 'moments') for m in model.moments(idx)] + model.moments()
         blocks = alone.h[1:] if guess_dim else alone.h  # the first layer's needs no start
-        for block in blocks:
-            block.attn.c_kv.register_forward_hook(lambda *call: kvs.append(call[2].flatten(0, 1)))
+        for b in blocks:
+            b.attn.c_kv.register_forward_hook(lambda _, inputs, output: seen.append(
+                (inputs[0] if of == 'input' else output).flatten(0, 1)))
         alone(idx)
         es = [b.ln_1(alone.wte.weight)[words].flatten(1).detach() for b in blocks]
-        rows = [*zip(kvs, es), *((b.attn.c_kv.weight.T, 0 * es[0][:48]) for b in blocks)]
+        Ws = [b.attn.c_kv.weight if of == 'input' else b.attn.c_kv.weight.T for b in blocks]
+        rows = [*zip(seen, es), *((W, W.new_zeros(len(W), es[0].shape[1])) for W in Ws)]
         assert len(moments) == len(rows) == len(blocks) * 2
-        for i, (m, (Z, e)) in enumerate(zip(moments, rows)):
-            X = torch.cat((Z, *[e][:guess_dim], torch.ones_like(e[:, :1])), dim=1)
+        for i, (m, (x, e)) in enumerate(zip(moments, rows)):
+            X = torch.cat((x, *[e][:guess_dim], torch.ones_like(e[:, :1])), dim=1)
             assert_close(m, X.T @ X, f'moment {i}')
     with torch.autocast('cpu', torch.bfloat16):
         assert {m.dtype for m in small_model().float().moments(idx)} == {torch.float32}
@@ -488,7 +493,7 @@ def test_rotation(norm, k):
     the exponential's, where U_0 is not. theta is that of a chunk's mean, clipped.
     """
     codec = mixture(**{**PAPER, 'joint_kv': True, 'n_generators': k, 'generator_norm': norm})
-    U, theta = codec.U[0].detach(), torch.rand(1, 5, k, generator=seeded(0)).double() - 0.5
+    U, theta = codec.E[0].detach(), torch.rand(1, 5, k, generator=seeded(0)).double() - 0.5
     # A is not kept: find it from what it does to a basis of the whole space
     A = codec.family(torch.eye(32, dtype=torch.float64))[:, 1:k + 1].transpose(0, 1)
     norms = torch.linalg.matrix_norm(A, 'fro' if norm == 'frobenius' else 2)
@@ -506,75 +511,94 @@ def test_rotation(norm, k):
     assert_close(codec.theta(Z, psi)[0, 1, 0], Z[0, 4:].mean(0).sum(), 'theta')
 
 
-def test_formulas():
+@pytest.mark.parametrize('of', mos_cp.CHOICES['subspace_of'])
+def test_formulas(of):
     """compress and expand are what the docstring says, token by token, and so is their autograd."""
-    codec, g = mixture(n_generators=3, guess_dim=4, vocab_size=50), seeded(0)
+    codec, g = mixture(n_generators=3, guess_dim=4, vocab_size=50, subspace_of=of), seeded(0)
+    c_kv = torch.nn.Linear(16, 32, bias=False).double()
     with torch.no_grad():
         for p in codec.parameters():
             p.copy_(0.3 * double(*p.shape, generator=g))
-    kv, embedding = double(1, 8, 2, 2, 8, generator=g), double(50, 16, generator=g)
+    x, embedding = double(1, 8, 16, generator=g), double(50, 16, generator=g)
     tokens, norm = torch.randint(50, (1, 8, 2), generator=g), mos_cp.Norm(16).double()
-    inputs = {'kv': kv, 'embedding': embedding, **dict(codec.named_parameters())}
+    inputs = {'x': x, 'embedding': embedding, 'W': c_kv.weight, **dict(codec.named_parameters())}
 
-    def written_out(Z, words):
-        es = norm(embedding[words])
-        G = codec.b + sum(codec.W_out @ W_in @ e for W_in, e in zip(codec.W_in, es))
-        theta = 0.2 * torch.tanh(codec.psi[0] @ (Z - G))
-        U = codec.U[0][:, 0] + sum(theta[l] * codec.U[0][:, 1 + l] for l in range(3))
-        z = U.T @ (Z - G)
-        return z, theta, G + U @ z
+    def written_out(x, words):
+        W, D, B = c_kv.weight, codec.D, codec.B if of == 'input' else 0 * codec.A
+        if of == 'kv':
+            x, W, D = W @ x, torch.eye(32).double(), codec.E
+        t = sum(W_in @ e for W_in, e in zip(codec.W_in, norm(embedding[words])))
+        g = codec.A @ t + codec.b
+        theta = 0.2 * torch.tanh(codec.psi[0] @ (x - g))
+        E, D = (M[0][:, 0] + sum(theta[l] * M[0][:, 1 + l] for l in range(3))
+                for M in (codec.E, D))
+        z = E.T @ (x - g)
+        return z, theta, W @ (g + D @ z) + B @ t
 
-    for x in inputs.values():
-        x.requires_grad_()
-    weights = codec.weights(embedding, norm, None)
-    payload = codec.compress(kv, tokens, weights)
+    for leaf in inputs.values():
+        leaf.requires_grad_()
+    weights = codec.weights(embedding, norm, c_kv)
+    payload = codec.compress(x, c_kv(x).unflatten(-1, codec.shape), tokens, weights)
     found = *payload, codec.expand(payload, tokens, weights).flatten(2)
-    rows = [written_out(Z, token) for Z, token in zip(kv[0].flatten(1), tokens[0])]
-    expected = [torch.stack(x)[None] for x in zip(*rows)]
-    upstream = [double(*x.shape, generator=g) for x in expected]
-    gradients = (torch.autograd.grad(x, list(inputs.values()), upstream) for x in (found, expected))
-    for what, a, b in (*zip(('z', 'theta', 'Z'), found, expected), *zip(inputs, *gradients)):
+    rows = [written_out(*row) for row in zip(x[0], tokens[0])]
+    expected = [torch.stack(each)[None] for each in zip(*rows)]
+    upstream = [double(*each.shape, generator=g) for each in expected]
+    gradients = (torch.autograd.grad(out, list(inputs.values()), upstream)
+                 for out in (found, expected))
+    for what, a, b in (*zip(('z', 'theta', '[K, V]'), found, expected), *zip(inputs, *gradients)):
         assert_close(a, b, what)
 
 
 def test_a_mixture_starts_as_the_subspace_it_contains():
     """
-    Keys and values of 6 dimensions and what two tokens say. The guess takes the latter, of any rank
-    it has; one subspace the former; a mixture does no worse, on tokens that the start has not seen.
+    Inputs x of 6 dimensions and what two tokens say. The guess takes the latter, of any rank it
+    has; one subspace the former; a mixture does no worse, on tokens that the start has not seen.
     """
     g, embedding = seeded(0), double(50, 16, generator=seeded(1))
-    W = double(32, 16, generator=g) @ double(16, 32, generator=g) / 4
-    basis = double(6, 32, generator=g)
+    c_kv, R = torch.nn.Linear(16, 32, bias=False).double(), double(16, 32, generator=g) / 4
+    basis = double(6, 16, generator=g)
 
     def rows(n):
         tokens = torch.randint(50, (1, n, 2), generator=g)
         e = embedding[tokens[0]].flatten(1)
-        Z = e @ W.T + double(n, 6, generator=g) @ basis + 0.01 * double(n, 32, generator=g) + 1
-        return tokens, torch.cat((Z, e, torch.ones(n, 1)), dim=1)
-    (_, X), (tokens, held_out) = rows(4000), rows(400)
-    kv = held_out[:, :32].view(1, -1, 2, 2, 8)
+        x = e @ R.T + double(n, 6, generator=g) @ basis + 0.01 * double(n, 16, generator=g) + 1
+        return tokens, e, x
+    (_, e, X), (tokens, _, x) = rows(4000), rows(400)
+    kv = c_kv(x).view(1, -1, 2, 2, 8).detach()
 
     def left(**options):
-        codec = mixture(latent_dim=12, **options)
-        start = X if codec.guess_dim else torch.cat((X[:, :32], X[:, -1:]), dim=1)
-        codec.start(start.T @ start)
-        weights = codec.weights(embedding, lambda e: e, None)
-        payload = codec.compress(kv, tokens, weights)
+        codec = mixture(**options)
+        parts = X if codec.of_input else c_kv(X), e[:, :32 * (codec.guess_dim > 0)]
+        start = torch.cat((*parts, torch.ones(4000, 1)), dim=1)
+        codec.start(start.T @ start, c_kv)
+        weights = codec.weights(embedding, lambda e: e, c_kv)
+        payload = codec.compress(x[None], kv, tokens, weights)
         if len(codec.psi):  # theta says something from the start: psi of variance 1
             theta = payload[-1].abs()
             assert (theta.mean(dim=(0, 1)) > 0.04).all() and theta.max() < 0.2
         return relative_error(codec.expand(payload, tokens, weights), kv)
-    for joint_kv in (True, False):
-        errors, mixed = ([left(joint_kv=joint_kv, latent_dim_k=6, guess_dim=m, n_generators=k)
-                          for m in (0, 8, 99)] for k in (0, 4))
-        assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.05, (joint_kv, errors)
+    for options in (dict(latent_dim=6), dict(subspace_of='kv', latent_dim=6),
+                    dict(subspace_of='kv', latent_dim=12, joint_kv=False, latent_dim_k=6)):
+        errors, mixed = ([left(**options, guess_dim=m, n_generators=k) for m in (0, 8, 99)]
+                         for k in (0, 4))
+        assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.05, (options, errors)
         assert mixed == pytest.approx(errors, rel=1e-9)
+
+
+def test_bottleneck():
+    """No way of x through r numbers leaves less of W x than its principal directions do."""
+    g = seeded(0)
+    X, W = double(200, 8, generator=g) @ double(8, 8, generator=g), double(12, 8, generator=g)
+    E, D = mos_cp.bottleneck(X.T @ X, W, 3)
+    Y, best = X @ W.T, torch.linalg.svdvals(X @ W.T)[3:].norm()
+    assert_close((Y - X @ E @ D.T @ W.T).norm(), best, 'what is left', 1e-6)
+    assert_close(E.norm(), D.norm(), 'size')
 
 
 def test_codecs_of_a_model():
     """No two layers or seeds share a codec's weights; the last layer may send all, as it is."""
     models = (small_model(seed=seed, **PAPER) for seed in (0, 1))
-    Us = [U for m in models for codec in m.codecs for U in codec.U]
+    Us = [U for m in models for codec in m.codecs for U in codec.E]
     assert all(a.shape != b.shape or not torch.equal(a[:, j], b[:, j])
                for a, b in itertools.combinations(Us, 2) for j in (0, 1))
     model = small_model(n_layer=3, compress_last=False, wire_dtype='int4')
@@ -605,7 +629,7 @@ def test_int4_and_topk_keep_what_they_say():
     assert ((kv - rebuilt).abs() <= 1.02 * kv.abs().amax(-1, keepdim=True) / 14).all()
     codec = mos_cp.TopK(GPTConfig(n_head=4, n_kv_head=1, n_embd=64, topk=0.25, send='topk'), 0)
     kv = kv[..., :1, :]
-    rebuilt = codec.expand(codec.compress(kv, None, ()), None, ())
+    rebuilt = codec.expand(codec.compress(None, kv, None, ()), None, ())
     kept, size = rebuilt != 0, kv.abs()
     assert (kept.sum(-1) == 4).all() and torch.equal(rebuilt[kept], kv[kept])
     assert (size.masked_fill(~kept, 999).amin(-1) >= size.masked_fill(kept, 0).amax(-1)).all()
@@ -806,7 +830,7 @@ def test_more_files_than_descriptors(tmp_path, most):
     ('--n_embd=100 --n_head=3', r'n_embd \(100\) must be a multiple of 2 \* n_head \(6\)'),
     ('--n_head=4 --n_kv_head=3', r'n_head \(4\) must be a multiple of n_kv_head \(3\)'),
     ('--latent_dim=0', r'latent_dim \(0\) must be at least 1'), ('--beta2=1', r'beta2 \(1.0\)'),
-    ('--latent_dim=257', r'\(257\) must leave each subspace between 1 and 256 numbers, and one'),
+    ('--latent_dim=129', r'\(129\) must leave each subspace between 1 and 128 numbers, and one'),
     ('--joint_kv=False --latent_dim_k=36', r'dim \(36\) must .* between 1 and 128 .* one has 0'),
     ('--compress_last=False --n_layer=1', 'leaves nothing to compress when n_layer is 1'),
     ('--block_size=eight', "--block_size: invalid int value: 'eight'"),
@@ -1066,7 +1090,7 @@ def test_dtype_and_optimizer_options(tmp_path, reference_run):
     assert records[11]['loss'] > records[0]['loss'] - 0.1
     argv = '--warm_start=0', '--max_iters=1', '--weight_decay=0'
     runs = [small_run(tmp_path, *argv, f'--codec_lr={x}') for x in (0, 0.5)]
-    still, moved = (run['model'].codecs[0].U[0] for run in runs)
+    still, moved = (run['model'].codecs[0].E[0] for run in runs)
     step = (moved - still).abs().max().item() / runs[0]['records'][0]['lr']
     assert abs(step - 0.5) < 1e-3  # AdamW's first is the learning rate
 

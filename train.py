@@ -105,8 +105,8 @@ PRESETS = {
 
 METHODS = {
     'ours': {},
-    'paper': dict(theta='chunk', n_generators=1, subspace='frozen', guess_dim=0, joint_kv=False,
-                  exact_local=False, generator_norm='frobenius', theta_max=0.5,
+    'paper': dict(theta='chunk', n_generators=1, subspace='frozen', subspace_of='kv', guess_dim=0,
+                  joint_kv=False, exact_local=False, generator_norm='frobenius', theta_max=0.5,
                   wire_dtype='compute', compress_last=False, warm_send='full',
                   warm_basis='weights', codec_lr=1.0),
 }
@@ -399,10 +399,10 @@ class Estimate:
         dtype = getattr(torch, 'bfloat16' if c.dtype == 'auto' else c.dtype)
         with torch.device('meta'):
             model = GPT(config)
-            kv = torch.empty(1, config.block_size // P, 2, config.n_kv_head, config.head_dim,
-                             dtype=dtype)
-            tokens = torch.zeros(*kv.shape[:2], config.guess_tokens, dtype=torch.int64)
-            layers = [codec.wire_bytes(kv, tokens, codec.weights(  # a norm changes no shape
+            x = torch.empty(1, config.block_size // P, config.n_embd, dtype=dtype)
+            kv = torch.empty(*x.shape[:2], 2, config.n_kv_head, config.head_dim, dtype=dtype)
+            tokens = torch.zeros(*x.shape[:2], config.guess_tokens, dtype=torch.int64)
+            layers = [codec.wire_bytes(x, kv, tokens, codec.weights(  # a norm changes no shape
                 model.wte.weight, lambda x: x, b.attn.c_kv))
                       for b in model.h if (codec := b.attn.codec)]
         self.fwd, self.bwd = (sum(n) * (P - 1) / config.block_size for n in zip((0, 0), *layers))
