@@ -229,7 +229,7 @@ class Mixture(Full):
     def start(self, moment, c_kv):
         """
         From second moments of rows [x, e, 1] (`GPT.moments`): the guess becomes the regression of x
-        on e, the subspace the best for W of what that leaves. With subspace_of = 'kv', x is [K, V] and W is 1.
+        on e, the subspace what is best for W of what that leaves. (Of kv: x is [K, V], and W is 1.)
         """
         C, n = moment.double(), sum(map(len, self.E))
         W = c_kv.weight.double() if self.of_input else torch.eye(n).to(C)
@@ -265,15 +265,15 @@ class Mixture(Full):
 
 def bottleneck(M, W, r):
     """
-    The best way of x, with second moment M (n, n), through r numbers: E and D (n, r), equally large,
-    that minimise the mean of |W (x - D E^T x)|^2, W (w, n).
+    The best way of x, with second moment M (n, n), through r numbers: E and D (n, r) that minimise
+    the mean of |W (x - D E^T x)|^2, W (w, n). E is as large as an orthonormal one; for W = 1 it is.
     """
     # 1. W D E^T x is W x in its r principal directions V: so E^T x = V^T W x
     E = W.T @ principal_directions(W @ M @ W.T, r)
     # 2. D: the regression of x on E^T x
     D = M @ E @ torch.linalg.pinv(E.T @ M @ E, rtol=1e-9, hermitian=True)
-    scale = (D.norm() / E.norm()).sqrt().clamp(1e-3, 1e3)
-    return E * scale, D / scale
+    scale = E.norm() / math.sqrt(r)
+    return E / scale, D * scale
 
 
 def aligned(x):

@@ -592,7 +592,7 @@ def test_bottleneck():
     E, D = mos_cp.bottleneck(X.T @ X, W, 3)
     Y, best = X @ W.T, torch.linalg.svdvals(X @ W.T)[3:].norm()
     assert_close((Y - X @ E @ D.T @ W.T).norm(), best, 'what is left', 1e-6)
-    assert_close(E.norm(), D.norm(), 'size')
+    assert_close(E.norm().square(), torch.tensor(3.0).double(), 'size')
 
 
 def test_codecs_of_a_model():
