@@ -59,8 +59,8 @@ class Full(nn.Module):
 
     def compress(self, x, kv, tokens, weights):
         """
-        The layer's normed input x (B, T, n_embd) and its kv = c_kv(x) (B, T, 2, Hkv, hd) -> payload.
-        tokens (B, T, guess_tokens): each, and those before it.
+        x (B, T, n_embd), the layer's normed input, and its kv = c_kv(x) (B, T, 2, Hkv, hd) ->
+        payload. tokens (B, T, guess_tokens): each, and those before it.
         """
         return (kv,)
 
