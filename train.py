@@ -9,7 +9,6 @@ Train a GPT on long sequences split over several workers, with compressed ring a
 sent, ring.py the wire.
 """
 import argparse
-import bisect
 import difflib
 import errno
 import glob
@@ -23,7 +22,6 @@ import signal
 import socket
 import sys
 import sysconfig
-import textwrap
 import time
 import zlib
 from collections import Counter
@@ -118,7 +116,6 @@ CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS),
 
 AT_LEAST_1 = ('log_interval', 'eval_interval', 'eval_iters', 'batch_size',
               'gradient_accumulation_steps', 'sync_every', 'timeout_s')  # others: at least 0
-
 DEFAULTS = {f.name: f.default for config in (RunConfig, GPTConfig) for f in fields(config)}
 MODEL_FLAGS = [f.name for f in fields(GPTConfig)]
 # never taken from the checkpoint: given or default, they are this run's own
@@ -127,7 +124,6 @@ HERE_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'r
 
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, datasheets, for the MFU
 STATE = {'iter_num': 0, 'best_val_loss': math.inf, 'seconds': 0.0}  # of a run, and at its start
-YES_NO = {'true': True, '1': True, 'false': False, '0': False}
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run stops
 GPT2_VOCABULARY = 50304  # rounded up to a multiple of 64
 
@@ -146,18 +142,19 @@ def fail(message):
 def parse_flags(argv):
     """--key=value or --key value -> what was given, a dict. Exits if that is no flag."""
     parser = argparse.ArgumentParser(prog='train.py', usage='train.py [--flag=value ...]',
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     description=(__doc__ or '').split('\n\n')[0])
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = fail
+    yes_no = {'true': True, '1': True, 'false': False, '0': False}
     for config in (RunConfig, GPTConfig):
         group, source = parser.add_argument_group(config.__name__), inspect.getsource(config)
         for name, meaning in re.findall(r'^    (\w+): .*?  # (.*)$', source, re.MULTILINE):
-            kind = config.__annotations__[name]
-            how = dict(type=kind, choices=CHOICES.get(name)) if kind is not bool else dict(
-                type=lambda text: YES_NO.get(text.lower(), text), choices=YES_NO.values(),
-                nargs='?', const=True)
-            group.add_argument('--' + name, metavar=kind.__name__.upper(), **how,
-                               help=f'{meaning} [{DEFAULTS[name]}]'.replace('%', '%%'))
+            kind, how = config.__annotations__[name], dict(choices=CHOICES.get(name))
+            if kind is bool:  # --flag alone is true
+                how = dict(choices=(True, False), nargs='?', const=True)
+            group.add_argument(
+                f'--{name}', **how, metavar=kind.__name__.upper(),
+                type=kind if kind is not bool else lambda text: yes_no.get(text.lower(), text),
+                help=f'{meaning} [{DEFAULTS[name]}]'.replace('%', '%%'))
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split('=')[0]
@@ -212,11 +209,12 @@ def paper_latent_dim(config):
 
 
 def model_config(c):
-    vocab_size = c.vocab_size or (GPT2_VOCABULARY if c.data.endswith('.bin') else 256)
+    config = {name: getattr(c, name) for name in MODEL_FLAGS}
     if c.data == 'needle':
-        vocab_size = c.block_size // 2 * (N_VALUES + 1)
-    sizes = {name: getattr(c, name) for name in MODEL_FLAGS}
-    return GPTConfig(**sizes | {'vocab_size': vocab_size})
+        config['vocab_size'] = c.block_size // 2 * (N_VALUES + 1)
+    elif c.data.endswith('.bin'):
+        config['vocab_size'] = c.vocab_size or GPT2_VOCABULARY
+    return GPTConfig(**config)
 
 
 def check_values(c):
@@ -229,20 +227,15 @@ def check_values(c):
     for name, holds, what in (
             ('beta1', c.beta1 < 1, 'below 1'), ('beta2', c.beta2 < 1, 'below 1'),
             ('n_chunks', c.data != 'needle' or c.n_chunks % 2 == 0, 'even with --data=needle'),
-            ('rehearse', c.rehearse != 1, '0 or at least 2'),
+            ('tflops', c.tflops > 0, 'above 0'), ('rehearse', c.rehearse != 1, '0 or at least 2'),
+            ('rehearse', not c.rehearse or c.n_chunks % (2 * c.rehearse) == 0,
+             f'a divisor of n_chunks / 2 ({c.n_chunks / 2:g})'),
             ('cp', not c.rehearse or c.cp in (0, c.rehearse), f'0 or rehearse ({c.rehearse})'),
             ('warm_start', c.send == 'local' or not 0 < c.max_iters <= c.warm_start,
              f'below max_iters ({c.max_iters}), or it never ends'),
             ('unplug_at', not c.unplug_at or c.warm_start < c.unplug_at < c.max_iters,
              f'between warm_start ({c.warm_start}) and max_iters ({c.max_iters})')):
         check(holds, f'{name} ({getattr(c, name)}) must be {what}', name)
-
-
-def check_chunks(c, cp):
-    """Raises ValueError unless a ring of cp ranks can share the chunks out."""
-    flag = 'rehearse' if c.rehearse else 'cp'
-    check(cp == 1 or c.n_chunks % (2 * cp) == 0,
-          f'n_chunks ({c.n_chunks}) must be a multiple of 2 * {flag} ({2 * cp})', 'n_chunks', flag)
 
 
 # -----------------------------------------------------------------------------
@@ -256,7 +249,7 @@ def stdlib_source():
         paths += [Path(folder, name) for name in names if name.endswith('.py')]
     texts = [path.read_bytes() for path in sorted(paths)]
     parts = [t for i, t in enumerate(texts) if i % 10 != 9], texts[9::10]
-    return [[np.frombuffer(b'\n'.join(part), dtype=np.uint8)] for part in parts]
+    return [[np.frombuffer(b'\n'.join(part), np.uint8)] for part in parts]
 
 
 # a header of 256 int32 begins with one of these, a version and the number of tokens: shards of
@@ -267,8 +260,8 @@ HEADERS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
 def read_tokens(path):
     """A file as an array: .bin (uint16, or what its header says), all else as bytes."""
     if not path.endswith('.bin'):
-        return np.memmap(path, dtype=np.uint8, mode='r')
-    size, header = os.path.getsize(path), np.fromfile(path, dtype=np.int32, count=3).tolist()
+        return np.memmap(path, np.uint8, 'r')
+    size, header = os.path.getsize(path), np.fromfile(path, np.int32, count=3).tolist()
     if size % 2:
         raise ValueError(f'{path} has an odd number of bytes ({size}): it holds no uint16 tokens')
     if len(header) == 3 and header[0] in HEADERS:
@@ -277,10 +270,10 @@ def read_tokens(path):
         if header[1:] != [version, n_tokens] or not n_tokens:
             raise ValueError(f'{path} has header version {header[1]} and {header[2]} tokens, but '
                              f'must have {version} and, by its size, {n_tokens} tokens')
-        return np.memmap(path, dtype=dtype, mode='r', offset=1024)
-    tokens = np.memmap(path, dtype=np.uint16, mode='r')
-    low, high = (tokens[i:200_000:2].max(initial=0) for i in (0, 1))
-    if size % 4 == 0 and high < min(low, 16):
+        return np.memmap(path, dtype, 'r', offset=1024)
+    tokens = np.memmap(path, np.uint16, 'r')
+    some = tokens[:200_000]
+    if size % 4 == 0 and some[1::2].max() < min(some[::2].max(), 16):
         raise ValueError(f'{path} seems to hold uint32 tokens (every second uint16 is below 16): '
                          "save them as uint16, or with llm.c's header")
     return tokens
@@ -295,9 +288,8 @@ def read_all(pattern):
     if soft < needed <= hard:  # every mapped file holds a descriptor
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     shards = [read_tokens(p) for p in paths]
-    for path, shard in zip(paths, shards):
-        check(shard.dtype == shards[0].dtype, f'{paths[0]} holds {shards[0].dtype} tokens, and '
-              f'{path} {shard.dtype}', 'data', 'val_data')
+    types = {str(shard.dtype): path for path, shard in zip(paths, shards)}
+    check(len(types) == 1, f'files hold different kinds of tokens: {types}', 'data', 'val_data')
     return shards
 
 
@@ -325,15 +317,16 @@ def fingerprint(shards):
 
 
 def get_batch(c, shards, vocab_size, rng):
-    """Random windows, uniform over all starting points -> idx, targets. Raises ValueError."""
+    """Random windows, uniform over all starting points -> idx, targets (B, block_size) int64."""
     before = np.cumsum([0, *(max(0, len(s) - c.block_size) for s in shards)])  # starting points
     rows = []
     for position in rng.integers(before[-1], size=c.batch_size):
         i = np.searchsorted(before, position, side='right') - 1
         rows.append(shards[i][position - before[i]:][:c.block_size + 1].astype(np.int64))
     rows = torch.from_numpy(np.stack(rows))
-    check(rows.max() < vocab_size,
-          f'the data has token {rows.max()}, outside vocab_size ({vocab_size})', 'vocab_size')
+    if rows.max() >= vocab_size:  # perhaps of this rank alone
+        fail(f'the data has token {rows.max()}, outside vocab_size ({vocab_size}): change '
+             '--vocab_size')
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -369,12 +362,8 @@ class Batches:
         self.per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size  # tokens
 
     def get(self, shards, *seed):
-        """-> idx, targets (batch_size, block_size) int64"""
         c, rng = self.c, np.random.default_rng(seed)
-        try:
-            batch = get_batch(c, shards, self.vocab_size, rng) if shards else needle_batch(c, rng)
-        except ValueError as e:  # perhaps of this rank alone
-            fail(e)
+        batch = get_batch(c, shards, self.vocab_size, rng) if shards else needle_batch(c, rng)
         if self.world.device.type == 'cuda':
             batch = [t.pin_memory().to(self.world.device, non_blocking=True) for t in batch]
         return batch
@@ -392,10 +381,11 @@ class Batches:
 # Sizing a run before renting machines
 
 class Estimate:
-    """What a token of the sequence costs one of P ranks: bytes it receives, seconds it computes."""
+    """What an iteration costs one of P ranks: bytes it receives, and seconds."""
 
     def __init__(self, c, P, ulysses=False, **options):
         config = model_config(argparse.Namespace(**{**vars(c), **options}))
+        n_sequences = c.batch_size * c.gradient_accumulation_steps
         dtype = getattr(torch, 'bfloat16' if c.dtype == 'auto' else c.dtype)
         with torch.device('meta'):
             model = GPT(config)
@@ -405,62 +395,55 @@ class Estimate:
             layers = [codec.wire_bytes(kv, tokens, codec.weights(  # a norm changes no shape
                 model.wte.weight, lambda x: x, b.attn.c_kv))
                       for b in model.h if (codec := b.attn.codec)]
-        self.fwd, self.bwd = (sum(n) * (P - 1) / config.block_size for n in zip((0, 0), *layers))
-        if ulysses:  # queries, keys, values and outputs change hands, and so do their gradients
-            n_numbers = 2 * config.n_embd + 2 * config.n_kv_head * config.head_dim
-            self.fwd = self.bwd = n_numbers * dtype.itemsize * config.n_layer * (P - 1) / P**2
+        self.fwd, self.bwd = (sum(n) * n_sequences * (P - 1) for n in zip((0, 0), *layers))
+        if ulysses:  # queries and outputs change hands too, but only a rank's share of the heads
+            self.fwd = self.bwd = self.fwd * (1 + config.n_head / config.n_kv_head) / P
         n_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        self.sync = 2 * (P - 1) / P * n_bytes / c.sync_every  # an iteration, not a token
-        self.rest_s, whole = (flops / P / c.tflops / 1e12 for flops in (
-            6 * model.get_num_params(), model.flops_per_token()))
-        self.attention_s = (whole - self.rest_s) / c.block_size  # for each token of context
+        self.ring, self.sync = self.fwd + self.bwd, 2 * (P - 1) / P * n_bytes / c.sync_every
+        token_s = n_sequences * config.block_size / P / c.tflops / 1e12  # all tokens, 1 FLOP each
+        self.rest_s = 6 * model.get_num_params() * token_s
+        self.attention_s = model.flops_per_token() * token_s - self.rest_s
         self.after = 1 if ulysses else 1 / P  # the part of attention that comes after the exchange
 
-    def seconds(self, n, mbps=math.inf):
+    def seconds(self, s_per_byte):
         """
-        Of a sequence of n tokens, without the sync. A layer's exchange can hide under its attention
-        alone, of which two sevenths are forward (4 of 14 T^2 H hd), and under all but one shard of
-        that: the last to arrive, or the first to have a gradient. Ulysses' attention waits.
+        A layer's exchange can hide under its attention alone, of which two sevenths are forward (4
+        of 14 T^2 H hd), and under all but one shard of that: the last to arrive, or the first to
+        have a gradient. Ulysses' attention waits. The sync hides under nothing.
         """
-        seconds = self.rest_s
+        seconds = self.rest_s + self.sync * s_per_byte
         for n_bytes, part in ((self.fwd, 2 / 7), (self.bwd, 5 / 7)):
-            attention = part * self.attention_s * n
-            seconds += max(attention, n_bytes * 8e-6 / mbps + attention * self.after)
-        return n * seconds
+            attention = part * self.attention_s
+            seconds += max(attention, n_bytes * s_per_byte + attention * self.after)
+        return seconds
 
 
 def plan(c):
     """What a rank of a ring would receive, and how fast it would be. Raises ValueError."""
-    P, n, n_sequences = c.rehearse or c.cp or 8, c.block_size, (
-        c.batch_size * c.gradient_accumulation_steps)
-    check(P > 1, f'--plan needs cp ({P}) of at least 2: one rank sends nothing', 'cp')
-    check(c.tflops > 0, f'--plan needs tflops ({c.tflops:g}) above 0', 'tflops')
-    check_chunks(c, P)
+    P, n_tokens = c.rehearse or c.cp or 8, (
+        c.batch_size * c.gradient_accumulation_steps * c.block_size)
+    zigzag(c.n_chunks, P, 0)  # complains of n_chunks
     full = dict(send='full', wire_dtype='compute', grad_wire_dtype='same', compress_last=True)
-    paper = dict(send='mixture', latent_dim=paper_latent_dim(vars(c)), latent_dim_k=0)
     rows = {'--send=full': full}
     if c.n_head % P == (c.n_kv_head or c.n_head) % P == 0:  # each rank has some of the heads
         rows['Ulysses'] = dict(full, ulysses=True)
     if c.n_layer > 1:  # the paper leaves out the last layer
-        rows['--method=paper'] = {**full, **METHODS['paper'], **paper}
+        rows['--method=paper'] = dict(METHODS['paper'], send='mixture', grad_wire_dtype='same',
+                                      latent_dim=paper_latent_dim(vars(c)), latent_dim_k=0)
     rows['this configuration'] = {}
-    said = textwrap.fill(
-        f'{P} ranks of {c.tflops:g} TFLOP/s, {n_sequences * n:,} tokens an iteration. Computed: '
-        'what the ring and the sync of weights or gradients cost a rank in an iteration; tokens/s, '
-        "if a layer's exchange hides under its attention and the sync under nothing; the context "
-        'from which the ring alone has 95% of its speed without a slow link.', 100)
+    said = [f'{P} ranks of {c.tflops:g} TFLOP/s, {n_tokens:,} tokens an iteration. Computed: what '
+            'a rank receives in it;\ntokens/s, if exchanges hide under attention, and the sync '
+            'under nothing.']
+    row = '{:<24}{:>12}{:>12}{:>12}{:>12}{:>14}'.format
     for mbps in [c.link_mbps] if c.link_mbps else [300, 1000]:
-        said += (f'\n\n{f"at {mbps:g} Mbit/s":<32}{"ring, MB":>13}{"sync, MB":>10}{"ring, s":>11}'
-                 f'{"sync, s":>9}{"tokens/s":>12}{"95% from":>11}')
+        said += ['', row(f'at {mbps:g} Mbit/s', 'ring, MB', 'sync, MB', 'ring, s', 'sync, s',
+                         'tokens/s')]
         for name, options in rows.items():
-            e = Estimate(c, P, **options)
-            ring, slow = n_sequences * n * (e.fwd + e.bwd), 8e-6 / mbps
-            speed = n_sequences * n / (n_sequences * e.seconds(n, mbps) + e.sync * slow)
-            enough = 1 + bisect.bisect_left(range(1, 10**9), 0.95, key=lambda n: (
-                e.seconds(n) / e.seconds(n, mbps)))  # it grows with n
-            said += (f'\n{name:<32}{ring / 1e6:>13,.1f}{e.sync / 1e6:>10,.1f}{ring * slow:>11,.2f}'
-                     f'{e.sync * slow:>9,.2f}{speed:>12,.0f}{enough / 1e3:>10,.0f}K')
-    return said
+            e, s_per_byte = Estimate(c, P, **options), 8e-6 / mbps
+            said.append(row(name, f'{e.ring / 1e6:,.1f}', f'{e.sync / 1e6:,.1f}',
+                            f'{e.ring * s_per_byte:,.2f}', f'{e.sync * s_per_byte:,.2f}',
+                            f'{n_tokens / e.seconds(s_per_byte):,.0f}'))
+    return '\n'.join(said)
 
 
 # -----------------------------------------------------------------------------
@@ -491,7 +474,7 @@ class World:
         self.master, self.cp = self.rank == 0, c.rehearse or c.cp or self.world_size
         check(self.world_size % self.cp == 0, f'world size ({self.world_size}) must be a multiple '
               f'of cp ({self.cp})', 'cp', 'nproc_per_node')
-        check_chunks(c, self.cp)
+        zigzag(c.n_chunks, self.cp, 0)  # complains of n_chunks
         self.dp, self.dp_rank = self.world_size // self.cp, self.rank // self.cp
         check(n % self.dp == 0, f'gradient_accumulation_steps ({n}) must be a multiple of dp, '
               f'world size / cp ({self.dp})', 'gradient_accumulation_steps', 'cp')
@@ -503,7 +486,6 @@ class World:
         # no cache: a weight is used once in a forward pass, and a CUDA graph must not find one
         self.autocast = nullcontext() if self.dtype != torch.bfloat16 else torch.autocast(
             self.device.type, self.dtype, cache_enabled=False)
-        self.can_graph = cuda and not link.dialled  # a dialled link waits on the host
         self.ring = Rehearsal(self.cp, link) if c.rehearse else Ring(link=link)
         self.width, self.store = len(str(c.max_iters)), None
         self.terminated = self.stopping = False  # SIGTERM came; and all know it
@@ -554,8 +536,8 @@ class World:
             group, _ = dist.new_subgroups(self.cp, timeout=timeout)
         except RuntimeError as e:
             raise ValueError(
-                f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): '
-                f'has one stopped? Is {first} the first machine, its port open, and the network '
+                f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): has '
+                f'one stopped? Is {first} the first machine, its port open, and the network '
                 'interface named in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME?') from e
         for other, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
@@ -693,13 +675,12 @@ def change_send(c, model, batches, world, iter_num):
     n = 2 * model.config.n_kv_head * model.config.head_dim
     sends = c.send if model.sends == 'codec' else model.sends
     what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed',
-            'topk': f'the codec starts, the largest {c.topk:.0%} of {n} numbers a token and layer',
             'mixture': f'the codec starts, {c.latent_dim} of {n} numbers a token and layer'
                        + f', theta of {c.n_generators}' * (c.n_generators > 0)
                        + '; none for the first layer' * (c.guess_dim > 0)}
-    what = what.get(sends, f'the codec starts: {sends}')
-    world.tell(iter_num, what + '; compiling ...' * c.compile)
-    if c.compile and world.can_graph:
+    world.tell(iter_num, what.get(sends, f'the codec starts: {sends}')
+               + '; compiling ...' * c.compile)
+    if c.compile and world.device.type == 'cuda' and not world.ring.link.dialled:
         with world.autocast:
             return graphed(model, *batches.training(iter_num, 0))
     return lambda *batch: model(*batch)[1]
@@ -787,7 +768,8 @@ class Log:
         if self.writes:
             lines = self.path.read_bytes().splitlines(True) if self.path.exists() else []
             n = math.inf if c.eval_only else at.iter_num
-            kept = [line for line in lines if self.is_before(line, n)]
+            found = [re.match(rb'{"iter": (\d+),.*}\n', line) for line in lines]  # no half lines
+            kept = [match[0] for match in found if match and int(match[1]) < n]
             config = self.line({'iter': at.iter_num, 'config': vars(c)})
             replace(self.path, lambda f: f.writelines([*kept, config]))
 
@@ -795,13 +777,6 @@ class Log:
     def line(record):  # JSON has neither NaN nor infinity: null
         record = json.loads(json.dumps(record), parse_constant=lambda _: None)
         return json.dumps(record).encode() + b'\n'
-
-    @staticmethod
-    def is_before(line, iter_num):
-        try:
-            return line.endswith(b'\n') and json.loads(line)['iter'] < iter_num
-        except (ValueError, KeyError, TypeError):  # a killed run may have left half a line
-            return False
 
     def step(self, at, losses, before, **more):
         """Say what happened since the last line, and -> it. before: the meter before the step."""
@@ -830,23 +805,24 @@ class Log:
                 **{k: sync[k] for k in ('sent_sync', 'received_sync')}}
 
     def write(self, record):
+        """A full disk is said, and does not end the run."""
         self.records.append(record)
+        if not self.writes:
+            return
         try:
-            if self.writes:
-                with open(self.path, 'ab', buffering=0) as f:
-                    size, line = f.tell(), self.line(record)
-                    if f.write(line) < len(line):  # half a line is none
-                        f.truncate(size)
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as e:  # a full disk does not end the run
+            with open(self.path, 'ab', buffering=0) as f:
+                size, line = f.tell(), self.line(record)
+                if f.write(line) < len(line):
+                    f.truncate(size)  # half a line is none
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
             print(f'train.py: could not write {self.path} ({e.strerror})', file=sys.stderr)
 
 
-def describe(c, model, batches, world):
+def describe(c, model, batches, world, at):
     preset, say = {**DEFAULTS, **PRESETS[c.preset]}, world.say
     changed = ', '.join(f'{k}={v}' for k, v in vars(c).items() if k != 'preset' and v != preset[k])
-    say(textwrap.fill(f'preset {c.preset}' + f' with {changed}' * bool(changed), 100,
-                      break_on_hyphens=False))
+    say(f'preset {c.preset}' + f' with {changed}' * bool(changed))
     vocab_size, n = model.config.vocab_size, model.get_num_params()
     say(f'{n / 1e6:.2f}M parameters, {vocab_size * c.n_embd / 1e6:.2f}M of them for a vocabulary '
         f'of {vocab_size}' + f" (GPT-2's has {GPT2_VOCABULARY})" * (c.preset == '124m'))
@@ -859,26 +835,27 @@ def describe(c, model, batches, world):
             say(f'{what} data: {n:,} {"bytes" if shards[0].dtype == np.uint8 else "tokens"} in '
                 f'{len(shards)} file(s)' + f', {short} too short for block_size' * bool(short)
                 + f'; {c.max_iters * batches.per_iter / n:.2g} passes' * (what == 'training'))
-    if world.cp == 1:
-        say('a ring of one: no keys and values cross a wire')
-    if world.world_size == 1 and world.ring.link.dialled:
-        say('one process: --link_mbps and --latency_ms slow nothing down')
-    if c.eval_only and c.init_from == 'scratch':
-        say('--eval_only without --init_from=resume: of the initial weights')
-    if c.rehearse:
-        say(f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory and bytes. The '
-            'losses mean nothing; nothing is validated or saved')
+    for holds, note in (
+            (world.cp == 1, 'a ring of one: no keys and values cross a wire'),
+            (world.world_size == 1 and world.ring.link.dialled,
+             'one process: --link_mbps and --latency_ms slow nothing down'),
+            (c.eval_only and c.init_from == 'scratch',
+             '--eval_only without --init_from=resume: of the initial weights'),
+            (c.rehearse, f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory '
+             'and bytes. The losses mean nothing; nothing is validated or saved'),
+            (at.iter_num, f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of '
+             f'{c.max_iters}' + '; to go on, raise --max_iters' * (at.iter_num >= c.max_iters))):
+        say(note if holds else '')
 
 
 def summarize(meter, full, world):
     """What a run came to. full: bytes that a rank would have sent over the ring uncompressed."""
-    ring, sync = ((meter[f'sent_{a}'] + meter[f'sent_{b}']) / 1e6
-                  for a, b in (('fwd', 'bwd'), ('sync', '')))
+    ring, sync = meter['sent_fwd'] + meter['sent_bwd'], meter['sent_sync']
     if full or sync:
         world.say(f'MB sent by rank {world.ring.rank:<5}      sent  uncompressed')
-        for name, sent, of in (('ring', ring, full / 1e6), ('sync', sync, sync),
-                               ('total', ring + sync, full / 1e6 + sync)):
-            world.say(f'  {name:<18}{sent:>12,.1f}{of:>14,.1f}')
+        for name, sent, of in (('ring', ring, full), ('sync', sync, sync),
+                               ('total', ring + sync, full + sync)):
+            world.say(f'  {name:<18}{sent / 1e6:>12,.1f}{of / 1e6:>14,.1f}')
     if world.device.type == 'cuda':
         peak = torch.cuda.max_memory_allocated() / 1e9
         world.say(f'peak memory of rank {world.ring.rank}: {peak:.2f} GB')
@@ -924,13 +901,10 @@ def set_up(argv):
     except ValueError as e:
         fail(e)
     except OSError as e:
-        fail(f'{e.filename or "a file"} cannot be read or made ({e.strerror}): ' + (
-            'raise ulimit -n, or ' * (e.errno == errno.EMFILE)
-            + 'change --data, --val_data or --out_dir'))
-    describe(c, model, batches, world)
-    if checkpoint:
-        world.say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}'
-                  + '; to go on, raise --max_iters' * (at.iter_num >= c.max_iters))
+        remedy = 'raise ulimit -n, or ' * (e.errno == errno.EMFILE)
+        fail(f'{e.filename or "a file"} cannot be read or made ({e.strerror}): {remedy}change '
+             '--data, --val_data or --out_dir')
+    describe(c, model, batches, world, at)
     return c, model, optimizer, batches, world, log, at
 
 
