@@ -25,7 +25,6 @@ import sysconfig
 import time
 import zlib
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -173,7 +172,9 @@ def parse_config(argv):
     config = {**DEFAULTS, **PRESETS[given.get('preset', 'tiny')],
               **METHODS[given.get('method', 'ours')], **given}
     if config['method'] == 'paper' and 'latent_dim' not in given:
-        config['latent_dim'] = paper_latent_dim(config)
+        # 2 % of the keys' width and 5 % of the values'; 143 at width 2048
+        share = (config['n_kv_head'] or config['n_head']) / config['n_head']
+        config['latent_dim'] = max(2, round(0.07 * config['n_embd'] * share))
     for name in ('out_dir', 'data', 'val_data'):
         config[name] = os.path.expanduser(config[name])
     path = Path(config['out_dir'], 'ckpt.pt')
@@ -200,12 +201,6 @@ def resumed(config, given, checkpoint, path):
     check(not now < n < over, f"warm_start ({now}) must be at least the checkpoint's iteration "
           f'({n}), whose warm start (of {over}) is not over', 'warm_start')
     return {**saved, **given}
-
-
-def paper_latent_dim(config):
-    """The paper's 2 % of the keys' width and 5 % of the values'; 143 at width 2048."""
-    n_kv_head = config['n_kv_head'] or config['n_head']
-    return max(2, round(0.07 * config['n_embd'] * n_kv_head / config['n_head']))
 
 
 def model_config(c):
@@ -380,70 +375,57 @@ class Batches:
 # -----------------------------------------------------------------------------
 # Sizing a run before renting machines
 
-class Estimate:
-    """What an iteration costs one of P ranks: bytes it receives, and seconds."""
-
-    def __init__(self, c, P, ulysses=False, **options):
-        config = model_config(argparse.Namespace(**{**vars(c), **options}))
-        n_sequences = c.batch_size * c.gradient_accumulation_steps
-        dtype = getattr(torch, 'bfloat16' if c.dtype == 'auto' else c.dtype)
-        with torch.device('meta'):
-            model = GPT(config)
-            kv = torch.empty(1, config.block_size // P, 2, config.n_kv_head, config.head_dim,
-                             dtype=dtype)
-            tokens = torch.zeros(*kv.shape[:2], config.guess_tokens, dtype=torch.int64)
-            layers = [codec.wire_bytes(kv, tokens, codec.weights(  # a norm changes no shape
-                model.wte.weight, lambda x: x, b.attn.c_kv))
-                      for b in model.h if (codec := b.attn.codec)]
-        self.fwd, self.bwd = (sum(n) * n_sequences * (P - 1) for n in zip((0, 0), *layers))
-        if ulysses:  # queries and outputs change hands too, but only a rank's share of the heads
-            self.fwd = self.bwd = self.fwd * (1 + config.n_head / config.n_kv_head) / P
-        n_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        self.ring, self.sync = self.fwd + self.bwd, 2 * (P - 1) / P * n_bytes / c.sync_every
-        token_s = n_sequences * config.block_size / P / c.tflops / 1e12  # all tokens, 1 FLOP each
-        self.rest_s = 6 * model.get_num_params() * token_s
-        self.attention_s = model.flops_per_token() * token_s - self.rest_s
-        self.after = 1 if ulysses else 1 / P  # the part of attention that comes after the exchange
-
-    def seconds(self, s_per_byte):
-        """
-        A layer's exchange can hide under its attention alone, of which two sevenths are forward (4
-        of 14 T^2 H hd), and under all but one shard of that: the last to arrive, or the first to
-        have a gradient. Ulysses' attention waits. The sync hides under nothing.
-        """
-        seconds = self.rest_s + self.sync * s_per_byte
-        for n_bytes, part in ((self.fwd, 2 / 7), (self.bwd, 5 / 7)):
-            attention = part * self.attention_s
-            seconds += max(attention, n_bytes * s_per_byte + attention * self.after)
-        return seconds
+def estimate(c, P, s_per_byte, ulysses):
+    """What an iteration costs one of P ranks: bytes of the ring, of the sync, and seconds."""
+    config, n_sequences = model_config(c), c.batch_size * c.gradient_accumulation_steps
+    dtype = getattr(torch, 'bfloat16' if c.dtype == 'auto' else c.dtype)
+    with torch.device('meta'):
+        model = GPT(config)
+        kv = torch.empty(n_sequences, config.block_size // P, 2, config.n_kv_head,
+                         config.head_dim, dtype=dtype)
+        tokens = torch.zeros(*kv.shape[:2], config.guess_tokens, dtype=torch.int64)
+        layers = [codec.wire_bytes(kv, tokens, codec.weights(  # a norm changes no shape
+            model.wte.weight, lambda x: x, b.attn.c_kv))
+                  for b in model.h if (codec := b.attn.codec)]
+    fwd, bwd = (sum(n) * (P - 1) for n in zip((0, 0), *layers))
+    if ulysses:  # queries and outputs change hands too, but only a rank's share of the heads
+        fwd = bwd = fwd * (1 + config.n_head / config.n_kv_head) / P
+    n_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    sync = 2 * (P - 1) / P * n_bytes / c.sync_every
+    s_per_flop = n_sequences * config.block_size / P / c.tflops / 1e12  # of one for each token
+    rest = 6 * model.get_num_params() * s_per_flop
+    attention = model.flops_per_token() * s_per_flop - rest
+    # A layer's exchange can hide under its attention alone, of which two sevenths are forward (4 of
+    # 14 T^2 H hd), and under all but one shard of that: the last to arrive, or the first to have a
+    # gradient. Ulysses' attention waits. The sync hides under nothing.
+    seconds, after = rest + sync * s_per_byte, 1 if ulysses else 1 / P
+    for n_bytes, s in ((fwd, attention * 2 / 7), (bwd, attention * 5 / 7)):
+        seconds += max(s, n_bytes * s_per_byte + s * after)
+    return fwd + bwd, sync, seconds
 
 
-def plan(c):
-    """What a rank of a ring would receive, and how fast it would be. Raises ValueError."""
+def plan(argv):
+    """What a rank would receive, and how fast it would be, with these flags and with others."""
+    c, _ = parse_config(argv)
     P, n_tokens = c.rehearse or c.cp or 8, (
         c.batch_size * c.gradient_accumulation_steps * c.block_size)
     zigzag(c.n_chunks, P, 0)  # complains of n_chunks
-    full = dict(send='full', wire_dtype='compute', grad_wire_dtype='same', compress_last=True)
-    rows = {'--send=full': full}
+    print(f'{P} ranks of {c.tflops:g} TFLOP/s, {n_tokens:,} tokens an iteration. Computed: what a '
+          'rank receives in it;\ntokens/s, if exchanges hide under attention, and the sync under '
+          'nothing.')
+    rows = [('--send=full', '--send=full')]
     if c.n_head % P == (c.n_kv_head or c.n_head) % P == 0:  # each rank has some of the heads
-        rows['Ulysses'] = dict(full, ulysses=True)
+        rows.append(('Ulysses', '--send=full'))
     if c.n_layer > 1:  # the paper leaves out the last layer
-        rows['--method=paper'] = dict(METHODS['paper'], send='mixture', grad_wire_dtype='same',
-                                      latent_dim=paper_latent_dim(vars(c)), latent_dim_k=0)
-    rows['this configuration'] = {}
-    said = [f'{P} ranks of {c.tflops:g} TFLOP/s, {n_tokens:,} tokens an iteration. Computed: what '
-            'a rank receives in it;\ntokens/s, if exchanges hide under attention, and the sync '
-            'under nothing.']
-    row = '{:<24}{:>12}{:>12}{:>12}{:>12}{:>14}'.format
+        rows.append(('--method=paper', '--method=paper --send=mixture'))
     for mbps in [c.link_mbps] if c.link_mbps else [300, 1000]:
-        said += ['', row(f'at {mbps:g} Mbit/s', 'ring, MB', 'sync, MB', 'ring, s', 'sync, s',
-                         'tokens/s')]
-        for name, options in rows.items():
-            e, s_per_byte = Estimate(c, P, **options), 8e-6 / mbps
-            said.append(row(name, f'{e.ring / 1e6:,.1f}', f'{e.sync / 1e6:,.1f}',
-                            f'{e.ring * s_per_byte:,.2f}', f'{e.sync * s_per_byte:,.2f}',
-                            f'{n_tokens / e.seconds(s_per_byte):,.0f}'))
-    return '\n'.join(said)
+        print(f'\n{f"at {mbps:g} Mbit/s":<24}{"ring, MB":>12}{"sync, MB":>12}{"ring, s":>12}'
+              f'{"sync, s":>12}{"tokens/s":>14}')
+        for name, flags in (*rows, ('this configuration', '')):
+            s, (other, _) = 8e-6 / mbps, parse_config([*argv, *flags.split()])  # seconds a byte
+            ring, sync, seconds = estimate(other, P, s, name == 'Ulysses')
+            print(f'{name:<24}{ring / 1e6:>12,.1f}{sync / 1e6:>12,.1f}{ring * s:>12,.2f}'
+                  f'{sync * s:>12,.2f}{n_tokens / seconds:>14,.0f}')
 
 
 # -----------------------------------------------------------------------------
@@ -465,9 +447,6 @@ class World:
     def __init__(self, c):
         env, n = os.environ, c.gradient_accumulation_steps
         self.rank, self.n_processes = int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1))
-        for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT'):
-            if self.n_processes > 1 and name not in env:
-                raise ValueError(f'WORLD_SIZE is {self.n_processes} and {name} is not set')
         check(not c.rehearse or self.n_processes == 1, f'rehearse ({c.rehearse}) is for one '
               f'process, and there are {self.n_processes}', 'rehearse', 'nproc_per_node')
         self.world_size = c.rehearse or self.n_processes
@@ -484,8 +463,8 @@ class World:
         default = 'bfloat16' if cuda else 'float32'
         self.dtype = getattr(torch, default if c.dtype == 'auto' else c.dtype)
         # no cache: a weight is used once in a forward pass, and a CUDA graph must not find one
-        self.autocast = nullcontext() if self.dtype != torch.bfloat16 else torch.autocast(
-            self.device.type, self.dtype, cache_enabled=False)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False,
+                                       enabled=self.dtype == torch.bfloat16)
         self.ring = Rehearsal(self.cp, link) if c.rehearse else Ring(link=link)
         self.width, self.store = len(str(c.max_iters)), None
         self.terminated = self.stopping = False  # SIGTERM came; and all know it
@@ -515,7 +494,7 @@ class World:
         if self.n_processes == 1:
             return
         cuda = self.device.type == 'cuda'
-        first, own = os.environ['MASTER_ADDR'], socket.gethostname()
+        first, own = os.environ.get('MASTER_ADDR', ''), socket.gethostname()
         by_name = not cuda and 'GLOO_SOCKET_IFNAME' not in os.environ  # gloo looks itself up
         if by_name and self.n_local < self.world_size and is_loopback(own) and (
                 not is_loopback(first)):
@@ -607,21 +586,12 @@ def load_checkpoint(path):
                          f'({type(e).__name__}): change --init_from or --out_dir') from e
 
 
-def load_optimizer(optimizer, state):
+def load_optimizer(optimizer, saved):
     """An optimizer's saved state, but not its options: those are this run's."""
-    options = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
-    # before loading: whether it is fused decides on which device its steps are counted
-    groups = [{**saved, **own} for saved, own in zip(state['param_groups'], options)]
-    optimizer.load_state_dict({**state, 'param_groups': groups})
-
-
-def save_checkpoint(path, checkpoint):
-    """A full disk is said, and does not end the run."""
-    try:
-        replace(path, lambda f: torch.save(checkpoint, f))
-    except (OSError, RuntimeError) as e:  # torch has its own words for a disk that is full
-        print(f'train.py: could not write {path} ({str(e.args[-1]).splitlines()[0]}); the '
-              'checkpoint before it is untouched', file=sys.stderr)
+    own = optimizer.state_dict()
+    if {i for group in own['param_groups'] for i in group['params']} != saved['state'].keys():
+        raise ValueError('it has other parameters')
+    optimizer.load_state_dict({**own, 'state': saved['state']})
 
 
 def build(c, world, checkpoint):
@@ -718,16 +688,21 @@ def save(c, model, optimizer, world, at):
         steps = torch.stack([s['step'] for s in states]).to(world.device)
         world.ring.all_reduce(steps, 'the number of steps', dist.ReduceOp.MAX)
         torch._foreach_copy_([s['step'] for s in states], list(steps))
-    if world.master:
-        save_checkpoint(Path(c.out_dir) / 'ckpt.pt', {
-            'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
-            'model_args': vars(model.config),  # GPTConfig(**model_args) is the model, as in nanoGPT
-            **vars(at)})
-    if world.store:  # writing may take longer than a silent peer is waited for
-        if world.master:
-            world.store.set(f'checkpoint {at.iter_num}', '')
+    written = f'checkpoint {at.iter_num}'
+    if not world.master:  # writing may take longer than a silent peer is waited for
         with waiting('rank 0', 'saving a checkpoint'):
-            world.store.wait([f'checkpoint {at.iter_num}'], timedelta(minutes=10))
+            return world.store.wait([written], timedelta(minutes=10))
+    path, checkpoint = Path(c.out_dir, 'ckpt.pt'), {
+        'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
+        'model_args': vars(model.config),  # GPTConfig(**model_args) is the model, as in nanoGPT
+        **vars(at)}
+    try:
+        replace(path, lambda f: torch.save(checkpoint, f))
+    except (OSError, RuntimeError) as e:  # torch has its own words for a disk that is full
+        print(f'train.py: could not write {path} ({str(e.args[-1]).splitlines()[0]}); the '
+              'checkpoint before it is untouched', file=sys.stderr)
+    if world.store:
+        world.store.set(written, '')
 
 
 @torch.no_grad()
@@ -879,7 +854,7 @@ def set_up(argv):
     try:
         c, checkpoint = parse_config(argv)
         if c.plan:
-            return print(plan(c))
+            return plan(sys.argv[1:] if argv is None else argv)
         world = World(c)
         batches = Batches(c, world)
         if world.master and not c.rehearse:
