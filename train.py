@@ -180,27 +180,19 @@ def parse_config(argv):
     path = Path(config['out_dir'], 'ckpt.pt')
     if config['init_from'] == 'resume' or config['init_from'] == 'auto' and path.exists():
         checkpoint = load_checkpoint(path)
-        config = resumed(config, given, checkpoint, path)
+        config = resumed(config, given, checkpoint['config'])
     c = argparse.Namespace(**config)
     check_values(c)
     return c, checkpoint
 
 
-def resumed(config, given, checkpoint, path):
+def resumed(config, given, saved):
     """The checkpoint's configuration, but what is given, and HERE_FLAGS. Raises ValueError."""
-    saved, n = checkpoint['config'], checkpoint['iter_num']
-    if odd := set(saved) ^ set(config):
-        raise ValueError(f'{path} is of another version of this code, which differs in '
-                         f'--{min(odd)}: change --init_from or --out_dir')
     for name in {*MODEL_FLAGS, 'preset', 'method'} - set(HERE_FLAGS):
         if given.get(name, saved[name]) != saved[name]:
             raise ValueError(f'--{name}={given[name]} differs from the checkpoint, which has '
                              f'{saved[name]}')
-    given = {name: config[name] for name in (*given, *HERE_FLAGS)}
-    over, now = saved['warm_start'], given.get('warm_start', saved['warm_start'])
-    check(not now < n < over, f"warm_start ({now}) must be at least the checkpoint's iteration "
-          f'({n}), whose warm start (of {over}) is not over', 'warm_start')
-    return {**saved, **given}
+    return {**saved, **{name: config[name] for name in (*given, *HERE_FLAGS)}}
 
 
 def model_config(c):
@@ -354,7 +346,6 @@ class Batches:
     def __init__(self, c, world):
         self.c, self.world, self.vocab_size = c, world, model_config(c).vocab_size
         self.train, self.val = ([], []) if c.data == 'needle' else load_data(c)
-        self.per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size  # tokens
 
     def get(self, shards, *seed):
         c, rng = self.c, np.random.default_rng(seed)
@@ -458,6 +449,7 @@ class World:
         check(n % self.dp == 0, f'gradient_accumulation_steps ({n}) must be a multiple of dp, '
               f'world size / cp ({self.dp})', 'gradient_accumulation_steps', 'cp')
         self.n_micro, self.n_local = n // self.dp, int(env.get('LOCAL_WORLD_SIZE', 1))
+        self.tokens = n * c.batch_size * c.block_size  # in an iteration
         self.device = self.pick_device(c.device)
         cuda, link = self.device.type == 'cuda', Link(c.link_mbps, c.latency_ms)
         default = 'bfloat16' if cuda else 'float32'
@@ -580,10 +572,12 @@ def load_checkpoint(path):
     check(path.exists(), f'there is no {path} here to resume from', 'init_from', 'out_dir')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        if odd := checkpoint['config'].keys() ^ DEFAULTS.keys():
+            raise KeyError(f'--{min(odd)}')
         return {k: checkpoint[k] for k in ('model', 'optimizer', 'config', *STATE)}
     except Exception as e:  # whatever a damaged or foreign file makes of it
-        raise ValueError(f'{path} is damaged or not a checkpoint of this code '
-                         f'({type(e).__name__}): change --init_from or --out_dir') from e
+        raise ValueError(f'{path} is damaged, or no checkpoint of this version of the code '
+                         f'({e!r:.99}): change --init_from or --out_dir') from e
 
 
 def load_optimizer(optimizer, saved):
@@ -639,9 +633,10 @@ def start_codecs(c, model, batches, world, iter_num):
 
 def change_send(c, model, batches, world, iter_num):
     """Bring the model to what it sends from now on -> a function (idx, targets) -> loss."""
-    if iter_num == c.warm_start > 0 and model.codecs:
+    before, now = model.sends, sends_at(iter_num, c)
+    if before != 'codec' and now == 'codec' and model.codecs:
         start_codecs(c, model, batches, world, iter_num)
-    model.set_send(sends_at(iter_num, c))
+    model.set_send(now)
     n = 2 * model.config.n_kv_head * model.config.head_dim
     sends = c.send if model.sends == 'codec' else model.sends
     what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed',
@@ -739,7 +734,8 @@ class Log:
         d = model.config.n_kv_head * model.config.head_dim
         self.n_received, self.full = n, n * 3 * 2 * d * world.dtype.itemsize
         self.path = Path(c.out_dir, 'log.jsonl')
-        self.writes = world.master and not c.rehearse and os.access(c.out_dir, os.W_OK)
+        self.writes = world.master and not c.rehearse and (
+            not c.eval_only or os.access(c.out_dir, os.W_OK))
         if self.writes:
             lines = self.path.read_bytes().splitlines(True) if self.path.exists() else []
             n = math.inf if c.eval_only else at.iter_num
@@ -760,8 +756,7 @@ class Log:
         total, n = ring.all_reduce(total, 'the average of losses').tolist()
         loss = total / n if n else math.nan  # the mean, as one batch's jumps
         dt = (at.seconds - self.since[1]) / (at.iter_num - self.since[0])
-        n_sequences = c.gradient_accumulation_steps * c.batch_size
-        tokens = n_sequences * c.block_size
+        tokens, n_sequences = world.tokens, world.tokens // c.block_size
         gpu = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else ''
         peak = world.world_size * sum(flops for name, flops in PEAK_FLOPS.items() if name in gpu)
         world.tell(i, f'loss {loss:.4f}, {dt * 1000:>6,.0f} ms, {tokens / dt:>9,.0f} tok/s' + (
@@ -809,7 +804,7 @@ def describe(c, model, batches, world, at):
             n, short = sum(map(len, shards)), sum(len(s) <= c.block_size for s in shards)
             say(f'{what} data: {n:,} {"bytes" if shards[0].dtype == np.uint8 else "tokens"} in '
                 f'{len(shards)} file(s)' + f', {short} too short for block_size' * bool(short)
-                + f'; {c.max_iters * batches.per_iter / n:.2g} passes' * (what == 'training'))
+                + f'; {c.max_iters * world.tokens / n:.2g} passes' * (what == 'training'))
     for holds, note in (
             (world.cp == 1, 'a ring of one: no keys and values cross a wire'),
             (world.world_size == 1 and world.ring.link.dialled,
@@ -859,8 +854,6 @@ def set_up(argv):
         batches = Batches(c, world)
         if world.master and not c.rehearse:
             Path(c.out_dir).mkdir(parents=True, exist_ok=True)
-            check(c.eval_only or os.access(c.out_dir, os.W_OK),
-                  f'out_dir ({c.out_dir}) cannot be written', 'out_dir')
         if c.compile and world.device.type == 'cpu' and (why := kernels.cannot_compile()):
             raise ValueError('--compile needs a C++ compiler that PyTorch can use, for example '
                              f'g++, and has none ({why}): install one, or leave out --compile')
@@ -884,7 +877,7 @@ def set_up(argv):
 
 
 def main(argv=None):
-    """One training run. Returns a dict: iter_num, loss, val_loss, the log's records, the model."""
+    """One training run. Returns a dict: the log's last values and records, iter_num, the model."""
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to end
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
@@ -912,7 +905,7 @@ def train(c, model, optimizer, batches, world, log, at):
     """The loop. Returns what `main` does."""
     meter, params = world.ring.meter, [p for p in model.parameters() if p.requires_grad]
     first, loss_of, losses = argparse.Namespace(**vars(at)), None, []
-    n_skipped, in_a_row, result = 0, 0, dict(loss=math.nan, val_loss=math.nan)
+    skipped = []
     # at a sync: only then do all ranks have the same weights
     eval_interval = c.sync_every * math.ceil(c.eval_interval / c.sync_every)
     while True:
@@ -939,7 +932,7 @@ def train(c, model, optimizer, batches, world, log, at):
             if at.iter_num > first.iter_num and math.isfinite(val_loss) and (
                     best or c.always_save_checkpoint):
                 save(c, model, optimizer, world, at)
-            world.ring.meter, result['val_loss'] = meter, val_loss
+            world.ring.meter = meter
         if done:
             log.write(record)
             break
@@ -948,27 +941,27 @@ def train(c, model, optimizer, batches, world, log, at):
         began, before = time.perf_counter(), Counter(meter)
         loss, lr, grad_norm = take_step(c, optimizer, params, loss_of, batches, world, at.iter_num)
         if math.isfinite(grad_norm):
-            in_a_row = 0
             losses.append(loss)
         else:
-            in_a_row, n_skipped = in_a_row + 1, n_skipped + 1
+            skipped.append(at.iter_num)
             print(f'train.py: rank {world.rank}, iter {at.iter_num}: the gradient is not finite, '
                   'step skipped', file=sys.stderr, flush=True)
-        if in_a_row == MAX_SKIPPED:
-            fail(f'no finite gradient in {MAX_SKIPPED} steps up to iteration {at.iter_num}; the '
-                 'last checkpoint is from before them: lower --learning_rate')
+            if skipped[-MAX_SKIPPED:] == [*range(at.iter_num + 1 - MAX_SKIPPED, at.iter_num + 1)]:
+                fail(f'no finite gradient in {MAX_SKIPPED} steps up to iteration {at.iter_num}; '
+                     'the last checkpoint is from before them: lower --learning_rate')
         at.iter_num += 1
         at.seconds += time.perf_counter() - began
         if record['iter'] % c.log_interval == 0 or at.iter_num == c.max_iters:
-            record |= log.step(at, losses, before, lr=lr, grad_norm=grad_norm, skipped=n_skipped)
-            result['loss'], losses = record['loss'], []
+            record |= log.step(at, losses, before, lr=lr, grad_norm=grad_norm, skipped=len(skipped))
+            losses = []
         if len(record) > 1:
             log.write(record)
     if n := at.iter_num - first.iter_num:
-        world.say(f'{n} iterations, {n * batches.per_iter:,} tokens in '
+        world.say(f'{n} iterations, {n * world.tokens:,} tokens in '
                   f'{at.seconds - first.seconds:.0f}s')
         summarize(meter, n * log.full, world)
-    return {**result, 'iter_num': at.iter_num, 'records': log.records, 'model': model}
+    last = {key: value for record in log.records for key, value in record.items()}
+    return {**last, 'iter_num': at.iter_num, 'records': log.records, 'model': model}
 
 
 if __name__ == '__main__':
