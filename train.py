@@ -560,9 +560,6 @@ def replace(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e:
-        e.filename = str(path)
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -652,7 +649,7 @@ def change_send(c, model, batches, world, iter_num):
 
 
 def take_step(c, optimizer, params, loss_of, batches, world, iter_num):
-    """One step of AdamW -> this rank's loss, learning rate, gradient norm."""
+    """A step of AdamW, and the sync -> this rank's loss, learning rate, gradient norm."""
     # for the stochastic rounding; a function of the seed too, and not the same on every rank
     seed = np.random.SeedSequence((c.seed, iter_num, world.rank)).generate_state(1)[0]
     torch.manual_seed(int(seed))
@@ -672,6 +669,8 @@ def take_step(c, optimizer, params, loss_of, batches, world, iter_num):
         torch.nn.utils.clip_grads_with_norm_(params, c.grad_clip or math.inf, grad_norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if c.sync_every > 1 and (iter_num + 1 == c.max_iters or (iter_num + 1) % c.sync_every == 0):
+        world.average([p.detach() for p in params])
     return loss.item(), lr, grad_norm.item()
 
 
@@ -909,13 +908,9 @@ def train(c, model, optimizer, batches, world, log, at):
     # at a sync: only then do all ranks have the same weights
     eval_interval = c.sync_every * math.ceil(c.eval_interval / c.sync_every)
     while True:
-        # -- between steps: the sync of weights, what is sent from now on
+        # -- what is sent from now on
         began, record = time.perf_counter(), {'iter': at.iter_num}
-        done = at.iter_num >= c.max_iters or c.eval_only
-        due = at.iter_num % c.sync_every == 0 or done
-        if c.sync_every > 1 and due and at.iter_num > first.iter_num:
-            world.average([p.detach() for p in params])
-        done = done or world.stopping
+        done = at.iter_num >= c.max_iters or c.eval_only or world.stopping
         if loss_of is None or model.sends != sends_at(at.iter_num, c):
             loss_of = None  # an earlier CUDA graph goes before the next is captured
             loss_of = change_send(c, model, batches, world, at.iter_num)
