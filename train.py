@@ -53,7 +53,7 @@ class RunConfig:
     log_interval: int = 25  # iterations between log lines
     eval_interval: int = 250  # iterations between validations with checkpoints (at the next sync)
     eval_iters: int = 32  # batches per validation
-    eval_only: bool = False  # validate once and stop
+    eval_only: bool = False  # validate once and stop; nothing is written
     always_save_checkpoint: bool = True  # False: only when the validation loss is the best so far
     prompt: str = 'def '  # text to continue at the end of the run (byte-level data only)
     sample_tokens: int = 200  # length of that continuation; 0: none
@@ -733,13 +733,12 @@ class Log:
         d = model.config.n_kv_head * model.config.head_dim
         self.n_received, self.full = n, n * 3 * 2 * d * world.dtype.itemsize
         self.path = Path(c.out_dir, 'log.jsonl')
-        self.writes = world.master and not c.rehearse and (
-            not c.eval_only or os.access(c.out_dir, os.W_OK))
+        self.writes = world.master and not c.rehearse and not c.eval_only
         if self.writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_bytes().splitlines(True) if self.path.exists() else []
-            n = math.inf if c.eval_only else at.iter_num
             found = [re.match(rb'{"iter": (\d+),.*}\n', line) for line in lines]  # no half lines
-            kept = [match[0] for match in found if match and int(match[1]) < n]
+            kept = [match[0] for match in found if match and int(match[1]) < at.iter_num]
             config = self.line({'iter': at.iter_num, 'config': vars(c)})
             replace(self.path, lambda f: f.writelines([*kept, config]))
 
@@ -831,9 +830,7 @@ def summarize(meter, full, world):
 
 
 def sample(c, model, world):
-    """Continue --prompt."""
-    if model.config.vocab_size != 256:
-        return world.say('no sample: --prompt is bytes, and the vocabulary is not')
+    """Continue --prompt, which is bytes."""
     prompt = torch.tensor([list(os.fsencode(c.prompt) or b'\n')], device=world.device)
     with world.autocast:
         text = model.generate(prompt, c.sample_tokens, temperature=0.8, top_k=50)[0]
@@ -851,16 +848,13 @@ def set_up(argv):
             return plan(sys.argv[1:] if argv is None else argv)
         world = World(c)
         batches = Batches(c, world)
-        if world.master and not c.rehearse:
-            Path(c.out_dir).mkdir(parents=True, exist_ok=True)
         if c.compile and world.device.type == 'cpu' and (why := kernels.cannot_compile()):
             raise ValueError('--compile needs a C++ compiler that PyTorch can use, for example '
                              f'g++, and has none ({why}): install one, or leave out --compile')
         at = argparse.Namespace(**{k: (checkpoint or STATE)[k] for k in STATE})
         world.join(c, {  # what all ranks must agree on
             **{f'--{k}': v for k, v in vars(c).items() if k not in ('out_dir', 'data', 'val_data')},
-            'torch': torch.__version__, 'checkpoint': checkpoint and 'iteration {iter_num}, best '
-            'loss {best_val_loss:.4f}, {seconds:.1f} s'.format(**vars(at)),
+            'torch': torch.__version__, 'checkpoint': checkpoint and vars(at),
             'training data with checksum': fingerprint(batches.train),
             'validation data with checksum': fingerprint(batches.val)})
         model, optimizer = build(c, world, checkpoint)
@@ -895,7 +889,8 @@ def main(argv=None):
     if world.stopping:
         world.say('stopped by SIGTERM; --init_from=resume goes on')
         sys.exit(128 + signal.SIGTERM)
-    if world.master and c.sample_tokens and not c.eval_only and not c.rehearse:
+    bytes_alone = model.config.vocab_size == 256
+    if world.master and bytes_alone and c.sample_tokens and not c.eval_only and not c.rehearse:
         sample(c, model, world)
     return result
 
