@@ -1048,13 +1048,15 @@ def start_ranks(world_size, folder, *argv, sabotage=None):
     return ranks
 
 
-def end_ranks(ranks, folder):
-    """-> exit codes and what was said; a rank that still runs after a minute is killed: None."""
+def end_ranks(ranks, folder, victim=None):
+    """-> exit codes and what was said. The victim, and who still runs after a minute, is killed."""
     until = time.monotonic() + 60
+    for rank, process in enumerate(ranks):
+        if rank != victim:  # the end of who is frozen must free nobody
+            process.join(max(0, until - time.monotonic()))
     for process in ranks:
-        process.join(max(0, until - time.monotonic()))
-        if process.exitcode is None:
-            process.kill()
+        process.kill()
+        process.join()
     said = [(folder / f'{rank}.txt').read_text() for rank in range(len(ranks))]
     return [process.exitcode for process in ranks], said
 
@@ -1078,13 +1080,14 @@ def assert_same_log(found, expected):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-9), (key, a, b)
 
 
-def test_rehearsal_leaves_no_trace(tmp_path, capfd):
+def test_rehearsal_and_evaluation_leave_no_trace(tmp_path, capfd):
     result = small_run(tmp_path, '--rehearse=4', '--sync_every=4')
-    small_run(tmp_path, '--rehearse=2', '--eval_only', '--link_mbps=9', '--max_iters=4')
+    small_run(tmp_path, '--eval_only', '--link_mbps=9')
     said, steps = capfd.readouterr().out, [r for r in result['records'] if 'loss' in r]
-    assert 'rehearsal of rank 2 of 4' in said and 'of the initial weights' in said
+    for sentence in ('a rehearsal of rank 2 of 4', 'of the initial weights', '--link_mbps and'):
+        assert sentence in said
     assert not list(tmp_path.iterdir()) and all(math.isfinite(r['loss']) for r in steps)
-    assert steps[-1]['received_fwd'] and any(r['received_sync'] for r in steps)
+    assert steps[-1]['received_fwd'] and steps[-1]['received_sync']
 
 
 def test_log_and_falling_loss(reference_run):
@@ -1182,7 +1185,7 @@ def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
 
 
 def report_meter(rank):
-    """Says what was sent, and leaves out checkpoints."""
+    """Says what was sent, and leaves out checkpoints, for which AdamW's moments are averaged."""
     train.save = lambda *args: None
     train.summarize = lambda meter, *args: print('meter', sorted(meter.items()), flush=True)
 
@@ -1194,13 +1197,11 @@ def test_weights_averaged_every_few_steps(reference_run, tmp_path):
     """
     runs = []
     for interval, validated in ((3, [0, 4, 8, 12]), (12, [0, 12])):
-        folder = tmp_path / str(interval)
-        codes, said = run_two(folder, *SMALL, '--sync_every=4', f'--eval_interval={interval}',
+        codes, said = run_two(tmp_path, *SMALL, '--sync_every=4', f'--eval_interval={interval}',
                               sabotage=(report_meter,))
-        assert codes == [0, 0], said
-        meter, records = re.search('^meter .*received_fwd.*$', said[0], re.M)[0], read_log(folder)
-        runs.append((losses(folder), meter))
-        assert [r['iter'] for r in records if 'val_loss' in r] == validated
+        records = read_log(tmp_path)
+        assert codes == [0, 0] and [r['iter'] for r in records if 'val_loss' in r] == validated
+        runs.append((losses(tmp_path), re.search('^meter .*received_fwd.*$', said[0], re.M)[0]))
     assert runs[0] == runs[1]
     model, expected = reference_run[1]['model'], reference_run[1]['records']
     # with each average of weights goes a number, whether to stop
@@ -1259,17 +1260,6 @@ def test_resume_with_other_options(reference_run, tmp_path):
         resumed()
 
 
-def test_optimizer_moves_to_a_gpu():
-    """AdamW is fused there, and counts steps where the weights are. (Meta stands for cuda.)"""
-    here, there = (torch.optim.AdamW([torch.ones(2, device=device, requires_grad=True)],
-                                     fused=device == 'meta') for device in ('cpu', 'meta'))
-    here.param_groups[0]['params'][0].sum().backward()
-    here.step()
-    train.load_optimizer(there, here.state_dict())
-    state = there.state_dict()['state'][0]
-    assert there.param_groups[0]['fused'] and {t.device.type for t in state.values()} == {'meta'}
-
-
 def end_at(rank, victim, function, mark, call, how):
     """`victim` ends in the n-th call of a function of Ring with mark: by signal, or exit code 7."""
     original, n_calls = getattr(Ring, function), itertools.count(1)
@@ -1295,20 +1285,13 @@ def test_a_dead_peer_ends_all(tmp_path, where, argv, victim, function, mark, cal
     argv = [*SMALL, '--timeout_s=5', '--block_size=96', '--n_chunks=6', '--eval_interval=3',
             *argv.split()]
     ranks = start_ranks(3, tmp_path, *argv, sabotage=(end_at, victim, function, mark, call, how))
-    others = [process for rank, process in enumerate(ranks) if rank != victim]
-    until = time.monotonic() + 60
-    for process in others:
-        process.join(max(0, until - time.monotonic()))
-    for process in (*others, ranks[victim]):  # the end of who is frozen must free nobody
-        process.kill()
+    codes, said = end_ranks(ranks, tmp_path, victim)
     spoke = [(tmp_path / f'{rank}.txt').stat().st_mtime for rank in range(3)]
-    for rank, (code, said) in enumerate(zip(*end_ranks(ranks, tmp_path))):
-        if rank == victim:
-            assert code == (7 if how == 'exit' else -signal.SIGKILL), said
-        else:
-            sentence = f'rank {rank} waited for .* in .*{where} and gave up: .*$'
-            assert code == 1 and re.search(sentence, said), (rank, code, said)
-            assert spoke[rank] - spoke[victim] < 5 + 15, (rank, said)
+    for rank in {0, 1, 2} - {victim}:
+        sentence = f'rank {rank} waited for .* in .*{where} and gave up: .*$'
+        assert codes[rank] == 1 and re.search(sentence, said[rank]), (rank, codes, said)
+        assert spoke[rank] - spoke[victim] < 5 + 15, (rank, said)
+    assert codes[victim] == (7 if how == 'exit' else -signal.SIGKILL), said
     assert not list(tmp_path.glob('*.tmp'))
     if (tmp_path / 'ckpt.pt').exists():
         train.load_checkpoint(tmp_path / 'ckpt.pt')
@@ -1473,7 +1456,7 @@ def test_there_is_always_a_whole_checkpoint(tmp_path, capfd, monkeypatch):
 
 
 def test_out_dir(tmp_path, monkeypatch):
-    """~ is a home; evaluation leaves no trace; any name, any terminal."""
+    """~ is a home; any name, any terminal."""
     monkeypatch.setenv('HOME', str(tmp_path))
     folder = tmp_path / 'caf\udce9'  # in Latin-1
     stdout = io.TextIOWrapper(io.BytesIO(), encoding='cp1252')
@@ -1481,10 +1464,7 @@ def test_out_dir(tmp_path, monkeypatch):
     small_run('~/' + folder.name, '--sample_tokens=20', '--prompt=caf\udce9')
     stdout.flush()
     assert b'caf\\udce9' in stdout.buffer.getvalue() and b'--- sample' in stdout.buffer.getvalue()
-    monkeypatch.undo()
-    before = (folder / 'log.jsonl').read_bytes()
-    assert small_run(folder, '--init_from=resume', '--eval_only')['iter_num'] == 12
-    assert (folder / 'log.jsonl').read_bytes() == before
+    assert (folder / 'ckpt.pt').exists()
 
 
 def test_bad_checkpoints_are_refused(reference_run, tmp_path):
