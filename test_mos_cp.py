@@ -1404,7 +1404,7 @@ def test_no_way_to_the_others(monkeypatch):
     for name, value, message in (
             ('WORLD_SIZE', '2', 'environment variable RANK expected, but not set'),
             ('RANK', '1', 'environment variable MASTER_ADDR expected, but not set'),
-            ('MASTER_ADDR', '10.9.0.1', r'has the address 127.*, .* GLOO_SOCKET_IFNAME'),
+            ('MASTER_ADDR', '10.9.0.1', r'reach .* the address 127.* of .* GLOO_SOCKET_IFNAME'),
             ('GLOO_SOCKET_IFNAME', 'eth0', r'environment variable MASTER_PORT expected'),
             ('MASTER_PORT', '1', r'rank 1 does not reach the others \(.*10.9.0.1')):
         monkeypatch.setenv(name, value)

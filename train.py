@@ -485,20 +485,17 @@ class World:
         """Make the process groups. facts: {name: value}, the same on all. Raises ValueError."""
         if self.n_processes == 1:
             return
-        cuda = self.device.type == 'cuda'
-        first, own = os.environ.get('MASTER_ADDR', ''), socket.gethostname()
-        by_name = not cuda and 'GLOO_SOCKET_IFNAME' not in os.environ  # gloo looks itself up
-        if by_name and self.n_local < self.world_size and is_loopback(own) and (
-                not is_loopback(first)):
-            raise ValueError(
-                f'the others could not reach this machine: its name {own} has the address 127.*, '
-                'which gloo would tell them. Set GLOO_SOCKET_IFNAME to the network interface that '
-                f'reaches {first} (ip address lists them)')
+        env, cuda = os.environ, self.device.type == 'cuda'
+        first, own = env.get('MASTER_ADDR', ''), socket.gethostname()
         timeout = timedelta(seconds=c.timeout_s + 300 * c.compile)  # others may still be compiling
+        by_name = not cuda and 'GLOO_SOCKET_IFNAME' not in env  # gloo looks itself up
         try:
+            if by_name and self.n_local < self.world_size and (
+                    is_loopback(own) and not is_loopback(first)):
+                raise RuntimeError(f'gloo would tell them the address 127.* of its name {own}')
             store, _, _ = next(dist.rendezvous('env://', timeout=timeout))
             # torchrun keeps the store, with what an earlier start has left in it, over restarts
-            self.store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+            self.store = dist.PrefixStore(env.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
             dist.init_process_group('nccl' if cuda else 'gloo', store=self.store, rank=self.rank,
                                     world_size=self.world_size, timeout=timeout,
                                     device_id=self.device if cuda else None)
@@ -509,7 +506,8 @@ class World:
             raise ValueError(
                 f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): has '
                 f'one stopped? Is {first} the first machine, its port open, and the network '
-                'interface named in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME?') from e
+                'interface (see ip address) named in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME?'
+            ) from e
         for other, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
                 if theirs[name] != value:
@@ -577,14 +575,6 @@ def load_checkpoint(path):
                          f'({e!r:.99}): change --init_from or --out_dir') from e
 
 
-def load_optimizer(optimizer, saved):
-    """An optimizer's saved state, but not its options: those are this run's."""
-    own = optimizer.state_dict()
-    if {i for group in own['param_groups'] for i in group['params']} != saved['state'].keys():
-        raise ValueError('it has other parameters')
-    optimizer.load_state_dict({**own, 'state': saved['state']})
-
-
 def build(c, world, checkpoint):
     """-> model and optimizer, the same on all ranks. Raises ValueError."""
     torch.manual_seed(c.seed)
@@ -600,9 +590,13 @@ def build(c, world, checkpoint):
             optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p),
                                       exp_avg_sq=torch.zeros_like(p))
     if checkpoint:
+        own = optimizer.state_dict()
         try:
             model.load_state_dict(checkpoint['model'])
-            load_optimizer(optimizer, checkpoint['optimizer'])
+            state = checkpoint['optimizer']['state']
+            if state.keys() != own['state'].keys():
+                raise ValueError('other parameters')
+            optimizer.load_state_dict({**own, 'state': state})  # with this run's options
         except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as e:
             raise ValueError(
                 f'{Path(c.out_dir) / "ckpt.pt"} does not fit the model that its own flags describe '
