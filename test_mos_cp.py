@@ -1371,7 +1371,8 @@ def test_one_rank_skips_steps_alone(tmp_path, iterations):
     assert ('rank 1: no finite gradient in 10 steps' in said[1]) == fatal, said
     if not fatal:
         states = train.load_checkpoint(tmp_path / 'ckpt.pt')['optimizer']['state']
-        assert {s['step'].item() for s in states.values()} == {9.0, 12.0}  # codecs; the rest
+        steps = {s['step'].item() for s in states.values()}  # means, of codecs and of the rest
+        assert steps == {9 - 0.5 * (3 in iterations), 11}
 
 
 def differ(rank, what):

@@ -601,8 +601,7 @@ def build(c, world, checkpoint):
             raise ValueError(
                 f'{Path(c.out_dir) / "ckpt.pt"} does not fit the model that its own flags describe '
                 f'({str(e).split(":")[0]}): change --init_from or --out_dir') from e
-    state = model.state_dict().values()
-    world.broadcast([t for t in state if isinstance(t, torch.Tensor)], 'the first weights')
+    world.broadcast(model.parameters(), 'the first weights')
     return model, optimizer
 
 
@@ -618,8 +617,7 @@ def start_codecs(c, model, batches, world, iter_num):
     moments = [sum(several) for several in zip(*moments)]
     average(moments, world.ring)
     model.start_codecs(moments)
-    world.broadcast([t for codec in model.codecs for t in (*codec.parameters(), *codec.buffers())],
-                    'the first codecs')
+    world.broadcast([p for codec in model.codecs for p in codec.parameters()], 'the first codecs')
 
 
 def change_send(c, model, batches, world, iter_num):
@@ -671,11 +669,7 @@ def take_step(c, optimizer, params, loss_of, batches, world, iter_num):
 def save(c, model, optimizer, world, at):
     """A checkpoint of this moment: one model and one optimizer, the same on all ranks."""
     if c.sync_every > 1:  # the weights are averaged already, AdamW's moments are not
-        states = [optimizer.state[p] for g in optimizer.param_groups for p in g['params']]
-        average([s[name] for s in states for name in ('exp_avg', 'exp_avg_sq')], world.ring)
-        steps = torch.stack([s['step'] for s in states]).to(world.device)
-        world.ring.all_reduce(steps, 'the number of steps', dist.ReduceOp.MAX)
-        torch._foreach_copy_([s['step'] for s in states], list(steps))
+        average([t for s in optimizer.state.values() for t in s.values()], world.ring)
     written = f'checkpoint {at.iter_num}'
     if not world.master:  # writing may take longer than a silent peer is waited for
         with waiting('rank 0', 'saving a checkpoint'):
@@ -892,8 +886,7 @@ def main(argv=None):
 def train(c, model, optimizer, batches, world, log, at):
     """The loop. Returns what `main` does."""
     meter, params = world.ring.meter, [p for p in model.parameters() if p.requires_grad]
-    first, loss_of, losses = argparse.Namespace(**vars(at)), None, []
-    skipped = []
+    first, loss_of, losses, skipped = argparse.Namespace(**vars(at)), None, [], []
     # at a sync: only then do all ranks have the same weights
     eval_interval = c.sync_every * math.ceil(c.eval_interval / c.sync_every)
     while True:
