@@ -1061,8 +1061,8 @@ def end_ranks(ranks, folder, victim=None):
     return [process.exitcode for process in ranks], said
 
 
-def run_two(folder, *argv, sabotage=None):
-    return end_ranks(start_ranks(2, folder, *argv, sabotage=sabotage), folder)
+def run_ranks(n, folder, *argv, sabotage=None, victim=None):
+    return end_ranks(start_ranks(n, folder, *argv, sabotage=sabotage), folder, victim)
 
 
 @pytest.fixture(scope='module')
@@ -1170,8 +1170,7 @@ def test_dtype_and_optimizer_options(tmp_path, reference_run):
 def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
     """2 x 2 processes give the numbers of one, bytes included, and go on from its checkpoint."""
     small_run(tmp_path, '--max_iters=4', '--eval_interval=4')
-    ranks = start_ranks(4, tmp_path, *SMALL, '--cp=2', '--init_from=resume')
-    codes, said = end_ranks(ranks, tmp_path)
+    codes, said = run_ranks(4, tmp_path, *SMALL, '--cp=2', '--init_from=resume')
     assert codes == [0] * 4, said
     records = read_log(tmp_path)
     assert_same_log(records, reference_run[1]['records'])
@@ -1197,8 +1196,8 @@ def test_weights_averaged_every_few_steps(reference_run, tmp_path):
     """
     runs = []
     for interval, validated in ((3, [0, 4, 8, 12]), (12, [0, 12])):
-        codes, said = run_two(tmp_path, *SMALL, '--sync_every=4', f'--eval_interval={interval}',
-                              sabotage=(report_meter,))
+        argv = *SMALL, '--sync_every=4', f'--eval_interval={interval}'
+        codes, said = run_ranks(2, tmp_path, *argv, sabotage=(report_meter,))
         records = read_log(tmp_path)
         assert codes == [0, 0] and [r['iter'] for r in records if 'val_loss' in r] == validated
         runs.append((losses(tmp_path), re.search('^meter .*received_fwd.*$', said[0], re.M)[0]))
@@ -1284,8 +1283,8 @@ def test_a_dead_peer_ends_all(tmp_path, where, argv, victim, function, mark, cal
     """Exit, SIGKILL and SIGSTOP: the others say whom they waited for, and in what."""
     argv = [*SMALL, '--timeout_s=5', '--block_size=96', '--n_chunks=6', '--eval_interval=3',
             *argv.split()]
-    ranks = start_ranks(3, tmp_path, *argv, sabotage=(end_at, victim, function, mark, call, how))
-    codes, said = end_ranks(ranks, tmp_path, victim)
+    kill = end_at, victim, function, mark, call, how
+    codes, said = run_ranks(3, tmp_path, *argv, sabotage=kill, victim=victim)
     spoke = [(tmp_path / f'{rank}.txt').stat().st_mtime for rank in range(3)]
     for rank in {0, 1, 2} - {victim}:
         sentence = f'rank {rank} waited for .* in .*{where} and gave up: .*$'
@@ -1314,13 +1313,13 @@ def test_resume_after_a_kill_is_bit_equal(tmp_path, how, argv):
     """
     argv = [*SMALL, '--timeout_s=5', '--wire_dtype=int8', '--init_from=auto', *argv.split()]
     whole, killed, dies = tmp_path / 'whole', tmp_path / 'killed', how == signal.SIGKILL
-    assert run_two(whole, *argv, sabotage=(slow_disk,))[0] == [0, 0]
+    assert run_ranks(2, whole, *argv, sabotage=(slow_disk,))[0] == [0, 0]
     kill = end_at, 1, 'exchange', 'bwd', 44 if dies else 20, how
-    codes, said = run_two(killed, *argv, sabotage=kill)
+    codes, said = run_ranks(2, killed, *argv, sabotage=kill)
     assert codes == ([1, -how] if dies else [128 + how] * 2), said
     last, n = max(losses(killed)), train.load_checkpoint(killed / 'ckpt.pt')['iter_num']
     assert last < 11 and (n in (6, 8) if dies else n == last + 1)
-    assert run_two(killed, *argv)[0] == [0, 0]
+    assert run_ranks(2, killed, *argv)[0] == [0, 0]
     assert losses(killed) == losses(whole) and len(losses(whole)) == 12
 
 
@@ -1352,7 +1351,8 @@ def lose_losses(rank, iterations):
 
 def test_steps_that_are_not_finite_are_skipped(tmp_path):
     """Of rank 1, whose gradients are also rank 0's."""
-    codes, said = run_two(tmp_path, *SMALL, '--eval_interval=12', sabotage=(lose_losses, (4, 5)))
+    argv = *SMALL, '--eval_interval=12'
+    codes, said = run_ranks(2, tmp_path, *argv, sabotage=(lose_losses, (4, 5)))
     assert codes == [0, 0], said
     assert [s.count('the gradient is not finite, step skipped') for s in said] == [2, 2], said
     *steps, last = read_log(tmp_path)
@@ -1364,7 +1364,7 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path):
 @pytest.mark.parametrize('iterations', ((0, 1), (2, 3), range(12)))
 def test_one_rank_skips_steps_alone(tmp_path, iterations):
     """With --sync_every; all steps of a weight too, and can be saved. Ten in a row are too many."""
-    codes, said = run_two(tmp_path, *SMALL, '--sync_every=2', '--eval_interval=2', '--cp=1',
+    codes, said = run_ranks(2, tmp_path, *SMALL, '--sync_every=2', '--eval_interval=2', '--cp=1',
                           sabotage=(lose_losses, iterations))
     fatal = len(iterations) == 12
     assert codes[1] == fatal and codes[0] in (0, fatal) and 'Traceback' not in said[1], said
@@ -1391,7 +1391,7 @@ def differ(rank, what):
     ('checkpoint', "checkpoint {'iter_num': 20, .*, and rank 0 has None"),
     ('--seed=2', '--seed 2, and rank 0 has 1337: they must be the same')))
 def test_ranks_that_disagree_are_named(tmp_path, what, message):
-    codes, said = run_two(tmp_path, *SMALL, sabotage=(differ, what))
+    codes, said = run_ranks(2, tmp_path, *SMALL, sabotage=(differ, what))
     assert codes == [1, 1] and re.search('rank 1 has ' + message, said[0]), said
     assert not (tmp_path / 'log.jsonl').exists()
 
@@ -1400,12 +1400,13 @@ def test_no_way_to_the_others(monkeypatch):
     """The environment is not torchrun's; gloo would tell them 127.*; there is no network."""
     for name in ('MASTER_ADDR', 'GLOO_SOCKET_IFNAME'):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(train, 'is_loopback', lambda name: name != '10.9.0.1')
+    monkeypatch.setattr(socket, 'gethostbyname', lambda name: (
+        '10.9.0.1' if name == '10.9.0.1' else '127.0.1.1'))
     c, _ = train.parse_config(['--device=cpu', '--timeout_s=1'])
     for name, value, message in (
             ('WORLD_SIZE', '2', 'environment variable RANK expected, but not set'),
             ('RANK', '1', 'environment variable MASTER_ADDR expected, but not set'),
-            ('MASTER_ADDR', '10.9.0.1', r'reach .* the address 127.* of .* GLOO_SOCKET_IFNAME'),
+            ('MASTER_ADDR', '10.9.0.1', r'reach .* tell them 127.0.1.1, .* GLOO_SOCKET_IFNAME'),
             ('GLOO_SOCKET_IFNAME', 'eth0', r'environment variable MASTER_PORT expected'),
             ('MASTER_PORT', '1', r'rank 1 does not reach the others \(.*10.9.0.1')):
         monkeypatch.setenv(name, value)

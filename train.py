@@ -422,13 +422,6 @@ def plan(argv):
 # -----------------------------------------------------------------------------
 # The processes
 
-def is_loopback(name):
-    try:
-        return socket.gethostbyname(name).startswith('127.')
-    except OSError:
-        return False
-
-
 class World:
     """
     This process among world_size = dp x cp ranks, of which n_processes are real (in a rehearsal
@@ -490,9 +483,10 @@ class World:
         timeout = timedelta(seconds=c.timeout_s + 300 * c.compile)  # others may still be compiling
         by_name = not cuda and 'GLOO_SOCKET_IFNAME' not in env  # gloo looks itself up
         try:
-            if by_name and self.n_local < self.world_size and (
-                    is_loopback(own) and not is_loopback(first)):
-                raise RuntimeError(f'gloo would tell them the address 127.* of its name {own}')
+            if by_name and self.n_local < self.world_size:
+                ours, theirs = (socket.gethostbyname(name) for name in (own, first))
+                if ours.startswith('127.') and not theirs.startswith('127.'):
+                    raise OSError(f'gloo would tell them {ours}, the address of its name {own}')
             store, _, _ = next(dist.rendezvous('env://', timeout=timeout))
             # torchrun keeps the store, with what an earlier start has left in it, over restarts
             self.store = dist.PrefixStore(env.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
@@ -502,7 +496,7 @@ class World:
             everyone = [None] * self.world_size
             dist.all_gather_object(everyone, facts)
             group, _ = dist.new_subgroups(self.cp, timeout=timeout)
-        except RuntimeError as e:
+        except (RuntimeError, OSError) as e:
             raise ValueError(
                 f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): has '
                 f'one stopped? Is {first} the first machine, its port open, and the network '
