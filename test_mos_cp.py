@@ -24,7 +24,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock, patch
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -790,26 +790,19 @@ def test_readers(tmp_path):
     assert np.array_equal(np.concatenate(first + last), tokens) and len(last[0]) == 100
     same, flipped = list(shards), [np.flip(s) for s in shards]
     assert train.fingerprint(shards) == train.fingerprint(same) != train.fingerprint(flipped)
-    (tmp_path / 'llama.bin').unlink()
-    for f, message in (
-            (lambda: load(tmp_path / 'shard_e.bin'), 'is empty'),
-            (lambda: load(tmp_path / '*'), 'holds uint16 tokens, and .* uint8'),
-            (lambda: load(pattern, plain, 600), 'below the length of the training data .600 token'),
-            (lambda: train.get_batch(c, shards, 500, rng), r'token \d+, outside vocab_size .500')):
+    for content, message in (
+            (b'', 'is empty'), (b'abc', r'odd number of bytes \(3\)'),
+            (np.arange(1000, dtype=np.uint32).tobytes(), 'seems to hold uint32'),
+            (np.arange(70_000, 71_000, dtype=np.uint32).tobytes(), 'seems to hold uint32'),
+            (header(20240520, 1, 600) + b'ab', 'has header version 1 and 600 tokens'),
+            (header(20240520, 1, 600)[:100], 'by its size, 0 tokens')):
+        (tmp_path / 'bad.bin').write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            f()
-
-
-@pytest.mark.parametrize('content, message', (
-    (b'abc', r'odd number of bytes \(3\)'),
-    (np.arange(1000, dtype=np.uint32).tobytes(), 'seems to hold uint32'),
-    (np.arange(70_000, 71_000, dtype=np.uint32).tobytes(), 'seems to hold uint32'),
-    (header(20240520, 1, 600) + b'ab', 'has header version 1 and 600 tokens'),
-    (header(20240520, 1, 600)[:100], 'by its size, 0 tokens')))
-def test_bad_files_are_refused(tmp_path, content, message):
-    (tmp_path / 'bad.bin').write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        train.read_tokens(str(tmp_path / 'bad.bin'))
+            load(tmp_path / 'bad.bin')
+    with pytest.raises(ValueError, match="different kinds of tokens: .*'uint16': .*'uint8': "):
+        load(tmp_path / '[pt]*')
+    with pytest.raises(ValueError, match='below the length of the training data .600 tokens'):
+        load(pattern, plain, 600)
 
 
 @pytest.mark.parametrize('most', (80, 4096))
@@ -846,19 +839,17 @@ def test_more_files_than_descriptors(tmp_path, most):
     ('--init_from=resume', 'no .*ckpt.pt'), ('--data=no/such', "no file matches 'no/such'"),
     (f'--out_dir={__file__}/x', r'x cannot be read or made \(Not a directory\)'),
     ('--data=/', r'/ cannot be read or made \(Is a directory\)'),
-    ('--data=needle', 'out_dir .* cannot be written: change --out_dir'),
+    ('--out_dir=/sys/x', '/sys/x cannot be read or made .* change .*--out_dir'),
     ('--device=cuda', r'a GPU per process \(1 processes on this machine, 0 GPUs\)'),
-    ('--plan --tflops=0', r'tflops \(0\) above 0'), ('--vocab_size=99', r'outside vocab_size \(99'),
+    ('--tflops=0', r'tflops \(0.0\) must be'), ('--vocab_size=99', r'outside vocab_size \(99'),
     ('--plan --cp=3', r'n_chunks \(16\) must be a multiple of 2 \* cp \(6\): change --n_chunks'),
     ('--rehearse=1', r'rehearse \(1\) must be 0 or at least 2'),
     ('--rehearse=4 --cp=2', r'cp \(2\) must be 0 or rehearse \(4\)'),
-    ('--rehearse=8 --n_chunks=8', r'of 2 \* rehearse \(16\): change --n_chunks or --rehearse'),
+    ('--rehearse=8 --n_chunks=8', r'rehearse \(8\) must be a divisor of n_chunks / 2 \(4\): ch'),
     ('--compile --device=cpu', r'needs a C\+\+ compiler .* \(none\): .* leave out --compile')))
 def test_bad_flags_are_refused(argv, message, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(kernels, 'cannot_compile', lambda: 'none')
-    if argv == '--data=needle':
-        monkeypatch.setattr(os, 'access', lambda *args: False)  # root may write everywhere
     with pytest.raises(SystemExit, match=message):
         train.main([f'--out_dir={tmp_path}', *argv.split()])
     assert not (tmp_path / 'ckpt.pt').exists()
@@ -871,11 +862,12 @@ def test_flags():
     assert (c.n_embd, c.block_size, c.compile) == (2048, 4096, True)
     assert train.METHODS['paper'].items() <= vars(c).items()
     assert train.model_config(c).subspaces == [(2048, 41), (2048, 102)]  # 2 % and 5 %
-    dims = {'': 36, '--preset=124m': 128, '--method=paper': 9, '--method=paper --latent_dim=5': 5}
-    assert {argv: parse(argv).latent_dim for argv in dims} == dims
-    wires = {'': 'int4', '--send=full': 'compute', '--send=topk': 'compute',
-             '--method=paper': 'compute', '--send=full --wire_dtype=int8': 'int8'}
-    assert {argv: train.model_config(parse(argv)).wire_dtype for argv in wires} == wires
+    for argv, latent_dim, wire_dtype in (
+            ('', 36, 'int4'), ('--preset=124m', 128, 'int4'), ('--send=topk', 36, 'compute'),
+            ('--method=paper', 9, 'compute'), ('--method=paper --latent_dim=5', 5, 'compute'),
+            ('--send=full', 36, 'compute'), ('--send=full --wire_dtype=int8', 36, 'int8')):
+        config = train.model_config(parse(argv))
+        assert (config.latent_dim, config.wire_dtype) == (latent_dim, wire_dtype), argv
     for send in mos_cp.CHOICES['send']:  # one command line can be swept over what is sent
         parse(f'--send={send} --latent_dim=5 --topk=0.2 --exact_local=False --wire_dtype=int8')
     c = parse('--learning_rate=1 --min_lr=0.1 --warmup_iters=10 --max_iters=110')
@@ -892,17 +884,14 @@ def test_readme_names_only_flags_that_exist():
 
 def test_plan(capsys):
     """--plan against the numbers written out: 4 ranks, 2 layers of d = 32, 128 tokens, bf16."""
-    def said(*argv):
-        assert train.main(['--plan', *argv]) is None
-        return capsys.readouterr().out
     sizes = dict(block_size=128, n_chunks=8, n_layer=2, n_head=4, n_embd=32, latent_dim=6,
                  n_generators=0, guess_dim=0)
-    flags = dict(sizes, cp=4, batch_size=1000, wire_dtype='int4', grad_wire_dtype='compute',
-                 sync_every=10, tflops=6e-4)  # full: forward waits for the wire, backward hides it
-    argv = [f'--{k}={v}' for k, v in flags.items()]
-    assert 'at 1000 Mbit/s' in said(*argv) and max(map(len, said(*argv).splitlines())) <= 100
-    table = said(*argv, '--link_mbps=300')
-    assert 'at 1000 Mbit/s' not in table
+    flags = dict(sizes, cp=4, batch_size=1000, grad_wire_dtype='compute', sync_every=10,
+                 tflops=6e-4)  # full: forward waits for the wire, backward hides it
+    argv = ['--plan', *(f'--{k}={v}' for k, v in flags.items())]
+    assert train.main([*argv, '--link_mbps=300']) is None
+    table = capsys.readouterr().out
+    assert 'at 1000 Mbit/s' not in table and max(map(len, table.splitlines())) <= 100
     rows = dict(re.split('  +', line, maxsplit=1) for line in table.splitlines() if '   ' in line)
     n, bases = 128_000, 2 * 64 * 6  # tokens an iteration; numbers in the bases
     full = 2 * 2 * 32 * 2 * 3 / 4  # a token: K and V, 2 layers
@@ -916,14 +905,11 @@ def test_plan(capsys):
         a, rest = (x * n / 4 / 6e8 for x in (6 * 2 * 32 * 128, 6 * n_params))  # seconds
         hidden = max(a * 2 / 7, fwd_s + a * 2 / 28) + max(a * 5 / 7, bwd_s + a * 5 / 28)
         seconds = rest + (a + fwd_s + bwd_s if name == 'Ulysses' else hidden)
-        assert rows[name].split()[:5] == [
+        assert rows[name].split() == [
             f'{n * (fwd + bwd) / 1e6:,.1f}', f'{sync / 1e6:,.1f}', f'{fwd_s + bwd_s:,.2f}',
             f'{sync_s:,.2f}', f'{n / (seconds + sync_s):,.0f}'], name
-    argv = '--preset=800m', '--block_size=132096', '--link_mbps=300'
-    enough = 1000 * float(said(*argv).split()[-1][:-1].replace(',', ''))
-    e = train.Estimate(train.parse_config(argv)[0], 8)
-    shares = [e.seconds(n) / e.seconds(n, 300) for n in (enough - 1000, enough + 1000)]
-    assert shares[0] < 0.95 < shares[1]
+    train.main(argv)
+    assert 'at 1000 Mbit/s' in capsys.readouterr().out
 
 
 # -----------------------------------------------------------------------------
@@ -941,8 +927,7 @@ def small_run(out_dir, *argv):
 
 
 def read_log(folder, configs=False):
-    records = [json.loads(line, parse_constant=pytest.fail)
-               for line in (folder / 'log.jsonl').read_text().splitlines()]
+    records = [json.loads(line, parse_constant=pytest.fail) for line in open(folder / 'log.jsonl')]
     return [r for r in records if ('config' in r) == configs]
 
 
@@ -976,19 +961,21 @@ def start_ranks(world_size, folder, *argv, sabotage=None):
     return ranks
 
 
-def end_ranks(ranks, folder):
-    """-> exit codes and what was said; a rank that still runs after a minute is killed: None."""
+def end_ranks(ranks, folder, victim=None):
+    """-> exit codes and what was said. The victim, and who still runs after a minute, is killed."""
     until = time.monotonic() + 60
+    for rank, process in enumerate(ranks):
+        if rank != victim:  # the end of who is frozen must free nobody
+            process.join(max(0, until - time.monotonic()))
     for process in ranks:
-        process.join(max(0, until - time.monotonic()))
-        if process.exitcode is None:
-            process.kill()
+        process.kill()
+        process.join()
     said = [(folder / f'{rank}.txt').read_text() for rank in range(len(ranks))]
     return [process.exitcode for process in ranks], said
 
 
-def run_two(folder, *argv, sabotage=None):
-    return end_ranks(start_ranks(2, folder, *argv, sabotage=sabotage), folder)
+def run_ranks(n, folder, *argv, sabotage=None, victim=None):
+    return end_ranks(start_ranks(n, folder, *argv, sabotage=sabotage), folder, victim)
 
 
 @pytest.fixture(scope='module')
@@ -1006,22 +993,22 @@ def assert_same_log(found, expected):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-9), (key, a, b)
 
 
-def test_rehearsal_leaves_no_trace(tmp_path, capfd):
+def test_rehearsal_and_evaluation_leave_no_trace(tmp_path, capfd):
     result = small_run(tmp_path, '--rehearse=4', '--sync_every=4')
-    small_run(tmp_path, '--rehearse=2', '--eval_only', '--link_mbps=9', '--max_iters=4')
+    small_run(tmp_path, '--eval_only', '--link_mbps=9')
     said, steps = capfd.readouterr().out, [r for r in result['records'] if 'loss' in r]
-    for what in ('rehearsal of rank 2 of 4', 'losses mean nothing', 'of the initial weights'):
-        assert what in said
+    for sentence in ('a rehearsal of rank 2 of 4', 'of the initial weights', '--link_mbps and'):
+        assert sentence in said
     assert not list(tmp_path.iterdir()) and all(math.isfinite(r['loss']) for r in steps)
-    assert steps[-1]['received_fwd'] and any(r['received_sync'] for r in steps)
+    assert steps[-1]['received_fwd'] and steps[-1]['received_sync']
 
 
 def test_log_and_falling_loss(reference_run):
     folder, result = reference_run
     records, by_chunk = read_log(folder), result['records'][-1]['val_loss_by_chunk']
     assert records == result['records'] and [r['iter'] for r in records] == list(range(13))
-    first = json.loads((folder / 'log.jsonl').read_text().splitlines()[0])
-    assert first['iter'] == 0 and first['config']['latent_dim'] == 6 and len(first['config']) > 60
+    config = read_log(folder, configs=True)[0]['config']
+    assert config['latent_dim'] == 6 and len(config) > 60
     assert [r['iter'] for r in records if 'val_loss' in r] == [0, 6, 12]
     ways = {f'{way}_{phase}' for way in ('sent', 'received') for phase in ('fwd', 'bwd', 'sync')}
     assert set(records[1]) == ways | {'iter', 'loss', 'lr', 'grad_norm', 'tokens', 'seconds',
@@ -1054,10 +1041,7 @@ def test_validation_reads_val_data_and_may_keep_only_the_best(tmp_path, monkeypa
 
 
 def test_life_of_the_codec(tmp_path, monkeypatch, capfd):
-    """
-    Nothing is sent, codecs start, they are sent, all is sent; also for what has nothing to start.
-    Each change is said, and what is sent belongs to the model that a checkpoint holds.
-    """
+    """Nothing is sent, codecs start, are sent, all is sent; each is said. A checkpoint knows."""
     life, forward, start = [], GPT.forward, GPT.start_codecs
     monkeypatch.setattr(GPT, 'forward', lambda self, *args: (
         life.append(self.sends), forward(self, *args))[1])
@@ -1099,8 +1083,7 @@ def test_dtype_and_optimizer_options(tmp_path, reference_run):
 def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
     """2 x 2 processes give the numbers of one, bytes included, and go on from its checkpoint."""
     small_run(tmp_path, '--max_iters=4', '--eval_interval=4')
-    ranks = start_ranks(4, tmp_path, *SMALL, '--cp=2', '--init_from=resume')
-    codes, said = end_ranks(ranks, tmp_path)
+    codes, said = run_ranks(4, tmp_path, *SMALL, '--cp=2', '--init_from=resume')
     assert codes == [0] * 4, said
     records = read_log(tmp_path)
     assert_same_log(records, reference_run[1]['records'])
@@ -1114,7 +1097,7 @@ def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
 
 
 def report_meter(rank):
-    """Says what was sent, and leaves out checkpoints."""
+    """Says what was sent, and leaves out checkpoints, for which AdamW's moments are averaged."""
     train.save = lambda *args: None
     train.summarize = lambda meter, *args: print('meter', sorted(meter.items()), flush=True)
 
@@ -1124,24 +1107,20 @@ def test_weights_averaged_every_few_steps(reference_run, tmp_path):
     sync_every > 1: not the same numbers, nearly the same loss. Validation waits for the next sync,
     so how often one validates changes no weight and no byte that is counted.
     """
-    runs, meters, validated = [], set(), []
-    for interval in (3, 12):
-        folder = tmp_path / str(interval)
-        codes, said = run_two(folder, *SMALL, '--sync_every=4', f'--eval_interval={interval}',
-                              sabotage=(report_meter,))
-        assert codes == [0, 0], said
-        meters.add(re.search(r'^meter .*received_fwd.*$', said[0], re.MULTILINE)[0])
-        runs.append(losses(folder))
-        records = read_log(folder)
-        validated.append([r['iter'] for r in records if 'val_loss' in r])
-    assert runs[0] == runs[1] and len(meters) == 1, (runs, meters)
-    assert validated == [[0, 4, 8, 12], [0, 12]]
+    runs = []
+    for interval, validated in ((3, [0, 4, 8, 12]), (12, [0, 12])):
+        argv = *SMALL, '--sync_every=4', f'--eval_interval={interval}'
+        codes, said = run_ranks(2, tmp_path, *argv, sabotage=(report_meter,))
+        records = read_log(tmp_path)
+        assert codes == [0, 0] and [r['iter'] for r in records if 'val_loss' in r] == validated
+        runs.append((losses(tmp_path), re.search('^meter .*received_fwd.*$', said[0], re.M)[0]))
+    assert runs[0] == runs[1]
     model, expected = reference_run[1]['model'], reference_run[1]['records']
     # with each average of weights goes a number, whether to stop
     weights = 8 * (1 + sum(p.numel() for p in model.parameters() if p.requires_grad))
     moments = 8 * sum(m.numel() for m in model.moments())  # for the codecs' start
     assert [r['received_sync'] for r in records[:-1]] == [
-        0, 0, 0, moments, weights, 0, 0, 0, weights, 0, 0, 0]
+        0, 0, 0, moments + weights, 0, 0, 0, weights, 0, 0, 0, weights]
     assert records[2]['loss'] != pytest.approx(expected[2]['loss'], rel=1e-9)
     assert records[-1]['val_loss'] == pytest.approx(expected[-1]['val_loss'], rel=0.05)
 
@@ -1182,29 +1161,15 @@ def test_resume_with_other_options(reference_run, tmp_path):
         path.write_bytes(half)
         found = resumed('--max_iters=12', flag)['val_loss']
         assert (found != pytest.approx(expected, rel=1e-6)) == changes, (flag, found, expected)
-    # as if interrupted just when the warm start was over
-    argv = '--warm_start=12', '--max_iters=14'
-    evaluated = resumed(*argv, '--eval_only')['val_loss']
-    assert evaluated == resumed(*argv)['records'][0]['val_loss'] != found
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint['config']['warm_start'] = 20
-    for message in (r"\(3\) must be at least the checkpoint's iteration \(14",
-                    'another version of this code, which differs in --cp'):
-        torch.save(checkpoint, path)
-        with pytest.raises(SystemExit, match=message):
-            resumed('--max_iters=30')
-        checkpoint['config'].pop('cp', None)
-
-
-def test_optimizer_moves_to_a_gpu():
-    """AdamW is fused there, and counts steps where the weights are. (Meta stands for cuda.)"""
-    here, there = (torch.optim.AdamW([torch.ones(2, device=device, requires_grad=True)],
-                                     fused=device == 'meta') for device in ('cpu', 'meta'))
-    here.param_groups[0]['params'][0].sum().backward()
-    here.step()
-    train.load_optimizer(there, here.state_dict())
-    state = there.state_dict()['state'][0]
-    assert there.param_groups[0]['fused'] and {t.device.type for t in state.values()} == {'meta'}
+    checkpoint['model']['_extra_state'] = 'local'  # as if the warm start were over only now
+    torch.save(checkpoint, path)
+    evaluated = resumed('--eval_only')['val_loss']
+    assert evaluated == resumed('--max_iters=14')['records'][0]['val_loss'] != found
+    del checkpoint['config']['cp']
+    torch.save(checkpoint, path)
+    with pytest.raises(SystemExit, match='no checkpoint of this version of the code .*--cp'):
+        resumed()
 
 
 def end_at(rank, victim, function, mark, call, how):
@@ -1220,41 +1185,34 @@ def end_at(rank, victim, function, mark, call, how):
         setattr(Ring, function, ending)
 
 
-def test_a_dead_peer_ends_all(tmp_path):
+AVERAGE = 'the average of gradients or weights'
+
+
+@pytest.mark.parametrize('where, argv, victim, function, mark, call, how', (
+    ('forward exchange', '', 2, 'exchange', 'fwd', 40, 'exit'),
+    ('backward exchange', '', 1, 'exchange', 'bwd', 41, signal.SIGKILL),
+    (AVERAGE, '--sync_every=2', 0, 'all_reduce', AVERAGE, 3, signal.SIGSTOP)))
+def test_a_dead_peer_ends_all(tmp_path, where, argv, victim, function, mark, call, how):
     """Exit, SIGKILL and SIGSTOP: the others say whom they waited for, and in what."""
-    average, running, until = 'average of gradients or weights', [], time.monotonic() + 60
-    for where, *sabotage in (('forward exchange', 2, 'exchange', 'fwd', 40, 'exit'),
-                             ('backward exchange', 1, 'exchange', 'bwd', 41, signal.SIGKILL),
-                             (average, 0, 'all_reduce', 'the ' + average, 3, signal.SIGSTOP)):
-        argv = [*SMALL, '--timeout_s=5', '--block_size=96', '--n_chunks=6', '--eval_interval=3']
-        argv += ['--sync_every=2'] * (where == average)
-        folder = tmp_path / where
-        ranks = start_ranks(3, folder, *argv, sabotage=(end_at, *sabotage))
-        running.append((where, sabotage[0], sabotage[-1], folder, ranks))
-    for _, victim, _, _, ranks in running:
-        others = [p for r, p in enumerate(ranks) if r != victim]
-        for process in others:
-            process.join(max(0, until - time.monotonic()))
-        for process in (*others, ranks[victim]):  # the end of who is frozen must free nobody
-            process.kill()
-    for where, victim, how, folder, ranks in running:
-        spoke = [(folder / f'{rank}.txt').stat().st_mtime for rank in range(3)]
-        for rank, (code, said) in enumerate(zip(*end_ranks(ranks, folder))):
-            if rank == victim:
-                assert code == (7 if how == 'exit' else -signal.SIGKILL), said
-            else:
-                sentence = f'rank {rank} waited for .* in .*{where} and gave up: .*$'
-                assert code == 1 and re.search(sentence, said), (rank, code, said)
-                assert spoke[rank] - spoke[victim] < 5 + 15, (rank, said)
-        assert not list(folder.glob('*.tmp'))
-        if (folder / 'ckpt.pt').exists():
-            train.load_checkpoint(folder / 'ckpt.pt')
+    argv = [*SMALL, '--timeout_s=5', '--block_size=96', '--n_chunks=6', '--eval_interval=3',
+            *argv.split()]
+    kill = end_at, victim, function, mark, call, how
+    codes, said = run_ranks(3, tmp_path, *argv, sabotage=kill, victim=victim)
+    spoke = [(tmp_path / f'{rank}.txt').stat().st_mtime for rank in range(3)]
+    for rank in {0, 1, 2} - {victim}:
+        sentence = f'rank {rank} waited for .* in .*{where} and gave up: .*$'
+        assert codes[rank] == 1 and re.search(sentence, said[rank]), (rank, codes, said)
+        assert spoke[rank] - spoke[victim] < 5 + 15, (rank, said)
+    assert codes[victim] == (7 if how == 'exit' else -signal.SIGKILL), said
+    assert not list(tmp_path.glob('*.tmp'))
+    if (tmp_path / 'ckpt.pt').exists():
+        train.load_checkpoint(tmp_path / 'ckpt.pt')
 
 
 def slow_disk(rank):
-    save = train.save_checkpoint
-    train.save_checkpoint = lambda path, checkpoint: (
-        time.sleep(7 * (checkpoint['iter_num'] < 5)), save(path, checkpoint))
+    save = torch.save
+    torch.save = lambda checkpoint, f: (
+        time.sleep(7 * (checkpoint['iter_num'] < 5)), save(checkpoint, f))
 
 
 @pytest.mark.parametrize('how, argv', (
@@ -1268,42 +1226,29 @@ def test_resume_after_a_kill_is_bit_equal(tmp_path, how, argv):
     """
     argv = [*SMALL, '--timeout_s=5', '--wire_dtype=int8', '--init_from=auto', *argv.split()]
     whole, killed, dies = tmp_path / 'whole', tmp_path / 'killed', how == signal.SIGKILL
-    assert run_two(whole, *argv, sabotage=(slow_disk,))[0] == [0, 0]
+    assert run_ranks(2, whole, *argv, sabotage=(slow_disk,))[0] == [0, 0]
     kill = end_at, 1, 'exchange', 'bwd', 44 if dies else 20, how
-    codes, said = run_two(killed, *argv, sabotage=kill)
+    codes, said = run_ranks(2, killed, *argv, sabotage=kill)
     assert codes == ([1, -how] if dies else [128 + how] * 2), said
     last, n = max(losses(killed)), train.load_checkpoint(killed / 'ckpt.pt')['iter_num']
     assert last < 11 and (n in (6, 8) if dies else n == last + 1)
-    assert run_two(killed, *argv)[0] == [0, 0]
+    assert run_ranks(2, killed, *argv)[0] == [0, 0]
     assert losses(killed) == losses(whole) and len(losses(whole)) == 12
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
-    """The script of this file, as torchrun runs it, is killed once at iteration 8."""
+    """The script of this file, as torchrun runs it, is killed once, see its last lines."""
     torchrun = 'torch.distributed.run --standalone --nproc_per_node=2 --max_restarts=1'.split()
-    command = [sys.executable, '-m', *torchrun, __file__, 'die_once', *SMALL, '--init_from=auto']
+    command = [sys.executable, '-m', *torchrun, __file__, *SMALL, '--init_from=auto']
     done = subprocess.run([*command, f'--out_dir={tmp_path}'], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [r['iter'] for r in read_log(tmp_path)] == list(range(13))
     assert [r['iter'] for r in read_log(tmp_path, configs=True)] == [0, 6]  # it did die
 
 
-def die_once(argv):
-    """Run train.py; rank 1 kills itself at iteration 8, before torchrun has restarted it."""
-    learning_rate, join = train.learning_rate, train.World.join
-    restarted = os.environ['TORCHELASTIC_RESTART_COUNT'] == '1'
-
-    def joining(self, *args):
-        join(self, *args)
-        assert not self.store.check(['checkpoint 6'])  # torchrun's store keeps an earlier start's
-
-    def dying(it, c):
-        assert it >= 6 or not restarted
-        if it == 8 and os.environ['RANK'] == '1' and not restarted:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return learning_rate(it, c)
-    train.learning_rate, train.World.join = dying, joining
-    train.main(argv)
+def join_without_old_keys(self, *args, join=train.World.join):
+    join(self, *args)
+    assert not self.store.check(['checkpoint 6'])  # torchrun's store keeps an earlier start's
 
 
 def lose_losses(rank, iterations):
@@ -1311,33 +1256,36 @@ def lose_losses(rank, iterations):
     step = train.take_step
 
     def spoiled(c, optimizer, params, loss_of, batches, world, iter_num):
-        lost = rank == 1 and iter_num in iterations
-        spoiled_loss = (lambda *batch: loss_of(*batch) * math.nan) if lost else loss_of
-        return step(c, optimizer, params, spoiled_loss, batches, world, iter_num)
+        factor = math.nan if rank == 1 and iter_num in iterations else 1
+        return step(c, optimizer, params, lambda *batch: factor * loss_of(*batch), batches, world,
+                    iter_num)
     train.take_step = spoiled
 
 
-@pytest.mark.parametrize('iterations', ((4, 5), (0, 1), (2, 3), range(12)))
-def test_steps_that_are_not_finite_are_skipped(tmp_path, iterations):
-    """
-    Of rank 1, whose gradients are also rank 0's in iterations 4 and 5. With --sync_every the others
-    go on; a rank that skips all steps of a weight can be saved. Ten in a row are too many.
-    """
-    together, fatal = iterations == (4, 5), len(iterations) == 12
-    argv = '--eval_interval=12' if together else '--sync_every=2 --eval_interval=2 --cp=1'
-    codes, said = run_two(tmp_path, *SMALL, *argv.split(), sabotage=(lose_losses, iterations))
-    assert codes[1] == fatal and codes[0] in (0, fatal), said
-    assert 'Traceback' not in said[1]
+def test_steps_that_are_not_finite_are_skipped(tmp_path):
+    """Of rank 1, whose gradients are also rank 0's."""
+    argv = *SMALL, '--eval_interval=12'
+    codes, said = run_ranks(2, tmp_path, *argv, sabotage=(lose_losses, (4, 5)))
+    assert codes == [0, 0], said
+    assert [s.count('the gradient is not finite, step skipped') for s in said] == [2, 2], said
+    *steps, last = read_log(tmp_path)
+    assert [r['skipped'] for r in steps] == [0] * 4 + [1] + [2] * 7
+    assert [r['loss'] is None for r in steps] == [i in (4, 5) for i in range(12)]  # no NaN
+    assert math.isfinite(last['val_loss'])
+
+
+@pytest.mark.parametrize('iterations', ((0, 1), (2, 3), range(12)))
+def test_one_rank_skips_steps_alone(tmp_path, iterations):
+    """With --sync_every; all steps of a weight too, and can be saved. Ten in a row are too many."""
+    codes, said = run_ranks(2, tmp_path, *SMALL, '--sync_every=2', '--eval_interval=2', '--cp=1',
+                          sabotage=(lose_losses, iterations))
+    fatal = len(iterations) == 12
+    assert codes[1] == fatal and codes[0] in (0, fatal) and 'Traceback' not in said[1], said
     assert ('rank 1: no finite gradient in 10 steps' in said[1]) == fatal, said
-    if together:
-        assert [s.count('the gradient is not finite, step skipped') for s in said] == [2, 2], said
-        *steps, last = read_log(tmp_path)
-        assert [r['skipped'] for r in steps] == [0] * 4 + [1] + [2] * 7
-        assert [r['loss'] is None for r in steps] == [i in (4, 5) for i in range(12)]  # no NaN
-        assert math.isfinite(last['val_loss'])
-    elif not fatal:
+    if not fatal:
         states = train.load_checkpoint(tmp_path / 'ckpt.pt')['optimizer']['state']
-        assert {s['step'].item() for s in states.values()} == {9.0, 12.0}  # codecs; the rest
+        steps = {s['step'].item() for s in states.values()}  # means, of codecs and of the rest
+        assert steps == {9 - 0.5 * (3 in iterations), 11}
 
 
 def differ(rank, what):
@@ -1351,31 +1299,30 @@ def differ(rank, what):
 
 
 @pytest.mark.parametrize('what, message', (
-    ('torch', r'rank 1 has torch 0\.0, and rank 0 has'),
-    ('--data=needle', 'rank 1 has training data with checksum 0, and rank 0 has'),
-    ('checkpoint', 'rank 1 has checkpoint iteration 20, best loss 3.*, and rank 0 has None'),
-    ('--seed=2', 'rank 1 has --seed 2, and rank 0 has 1337: they must be the same')))
+    ('torch', r'torch 0\.0, and rank 0 has'),
+    ('--data=needle', 'training data with checksum 0, and rank 0 has'),
+    ('checkpoint', "checkpoint {'iter_num': 20, .*, and rank 0 has None"),
+    ('--seed=2', '--seed 2, and rank 0 has 1337: they must be the same')))
 def test_ranks_that_disagree_are_named(tmp_path, what, message):
-    codes, said = run_two(tmp_path, *SMALL, sabotage=(differ, what))
-    assert codes == [1, 1] and re.search(message, said[0]), said
+    codes, said = run_ranks(2, tmp_path, *SMALL, sabotage=(differ, what))
+    assert codes == [1, 1] and re.search('rank 1 has ' + message, said[0]), said
     assert not (tmp_path / 'log.jsonl').exists()
 
 
-def test_a_loopback_address_is_refused_on_several_machines(monkeypatch):
-    for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT', 'GLOO_SOCKET_IFNAME'):
+def test_no_way_to_the_others(monkeypatch):
+    """The environment is not torchrun's; gloo would tell them 127.*; there is no network."""
+    for name in ('MASTER_ADDR', 'GLOO_SOCKET_IFNAME'):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(dist, 'rendezvous', Mock(side_effect=RuntimeError('no network')))
-    monkeypatch.setattr(train, 'is_loopback', lambda name: name != '10.9.0.1')
-    c, _ = train.parse_config(['--device=cpu'])
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    monkeypatch.setenv('LOCAL_RANK', '0')
-    for name, value in dict(RANK='0', MASTER_ADDR='10.9.0.1', MASTER_PORT='1').items():
-        with pytest.raises(ValueError, match=f'WORLD_SIZE is 2 and {name} is not set'):
-            train.World(c)
+    monkeypatch.setattr(socket, 'gethostbyname', lambda name: (
+        '10.9.0.1' if name == '10.9.0.1' else '127.0.1.1'))
+    c, _ = train.parse_config(['--device=cpu', '--timeout_s=1'])
+    for name, value, message in (
+            ('WORLD_SIZE', '2', 'environment variable RANK expected, but not set'),
+            ('RANK', '1', 'environment variable MASTER_ADDR expected, but not set'),
+            ('MASTER_ADDR', '10.9.0.1', r'reach .* tell them 127.0.1.1, .* GLOO_SOCKET_IFNAME'),
+            ('GLOO_SOCKET_IFNAME', 'eth0', r'environment variable MASTER_PORT expected'),
+            ('MASTER_PORT', '1', r'rank 1 does not reach the others \(.*10.9.0.1')):
         monkeypatch.setenv(name, value)
-    for n_local, message in ((1, r'has the address 127.*, .* GLOO_SOCKET_IFNAME'),
-                             (2, r'does not reach the others \(no network\)')):
-        monkeypatch.setenv('LOCAL_WORLD_SIZE', str(n_local))
         with pytest.raises(ValueError, match=message):
             train.World(c).join(c, {})
 
@@ -1397,7 +1344,7 @@ def test_there_is_always_a_whole_checkpoint(tmp_path, capfd, monkeypatch):
     path, log, whole = tmp_path / 'ckpt.pt', tmp_path / 'log.jsonl', []
     before, replace, write = (path.read_bytes(), log.read_bytes()), os.replace, train.Log.write
     resume = '--init_from=resume', '--max_iters=12'
-    with full_disk(1000), pytest.raises(SystemExit, match='log.jsonl cannot be .*too large'):
+    with full_disk(1000), pytest.raises(SystemExit, match='a file cannot be .*too large'):
         small_run(tmp_path, *resume)
     assert (path.read_bytes(), log.read_bytes()) == before
     with full_disk(20_000):
@@ -1424,7 +1371,7 @@ def test_there_is_always_a_whole_checkpoint(tmp_path, capfd, monkeypatch):
 
 
 def test_out_dir(tmp_path, monkeypatch):
-    """~ is a home; a read-only one can be evaluated; any name, any terminal."""
+    """~ is a home; any name, any terminal."""
     monkeypatch.setenv('HOME', str(tmp_path))
     folder = tmp_path / 'caf\udce9'  # in Latin-1
     stdout = io.TextIOWrapper(io.BytesIO(), encoding='cp1252')
@@ -1432,12 +1379,7 @@ def test_out_dir(tmp_path, monkeypatch):
     small_run('~/' + folder.name, '--sample_tokens=20', '--prompt=caf\udce9')
     stdout.flush()
     assert b'caf\\udce9' in stdout.buffer.getvalue() and b'--- sample' in stdout.buffer.getvalue()
-    monkeypatch.undo()
-    before = (folder / 'log.jsonl').read_bytes()
-    argv = '--init_from=resume', '--eval_only'
-    monkeypatch.setattr(os, 'access', lambda *args: False)
-    assert small_run(folder, *argv)['iter_num'] == 12
-    assert (folder / 'log.jsonl').read_bytes() == before
+    assert (folder / 'ckpt.pt').exists()
 
 
 def test_bad_checkpoints_are_refused(reference_run, tmp_path):
@@ -1447,7 +1389,7 @@ def test_bad_checkpoints_are_refused(reference_run, tmp_path):
     changes = ({'model': wrong}, {'model': {}}, {'optimizer': {}},
                {'optimizer': {'state': {}, 'param_groups': []}})
     for message, contents in (
-            ('is damaged or not a checkpoint', (
+            ('is damaged, or no checkpoint', (
                 whole[:len(whole) // 2], b'', b'something else', Path('code that must not run'),
                 torch.ones(3), {'model': {}})),
             ('does not fit the model', [{**checkpoint, **change} for change in changes])):
@@ -1525,5 +1467,8 @@ def test_fuzz(seed, tmp_path):
     assert found[1] == pytest.approx(alone[1], rel=1e-9 if exact else 0.05), what
 
 
-if __name__ == '__main__':  # one rank of a test that needs torchrun
-    {'die_once': die_once}[sys.argv[1]](sys.argv[2:])
+if __name__ == '__main__':  # one rank of a run that torchrun starts twice
+    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+        end_at(int(os.environ['RANK']), 1, 'exchange', 'bwd', 44, signal.SIGKILL)
+    train.World.join = join_without_old_keys
+    train.main(sys.argv[1:])

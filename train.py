@@ -9,7 +9,6 @@ Train a GPT on long sequences split over several workers, with compressed ring a
 sent, ring.py the wire.
 """
 import argparse
-import bisect
 import difflib
 import errno
 import glob
@@ -23,11 +22,9 @@ import signal
 import socket
 import sys
 import sysconfig
-import textwrap
 import time
 import zlib
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -56,7 +53,7 @@ class RunConfig:
     log_interval: int = 25  # iterations between log lines
     eval_interval: int = 250  # iterations between validations with checkpoints (at the next sync)
     eval_iters: int = 32  # batches per validation
-    eval_only: bool = False  # validate once and stop
+    eval_only: bool = False  # validate once and stop; nothing is written
     always_save_checkpoint: bool = True  # False: only when the validation loss is the best so far
     prompt: str = 'def '  # text to continue at the end of the run (byte-level data only)
     sample_tokens: int = 200  # length of that continuation; 0: none
@@ -118,7 +115,6 @@ CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS),
 
 AT_LEAST_1 = ('log_interval', 'eval_interval', 'eval_iters', 'batch_size',
               'gradient_accumulation_steps', 'sync_every', 'timeout_s')  # others: at least 0
-
 DEFAULTS = {f.name: f.default for config in (RunConfig, GPTConfig) for f in fields(config)}
 MODEL_FLAGS = [f.name for f in fields(GPTConfig)]
 # never taken from the checkpoint: given or default, they are this run's own
@@ -127,7 +123,6 @@ HERE_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'r
 
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, datasheets, for the MFU
 STATE = {'iter_num': 0, 'best_val_loss': math.inf, 'seconds': 0.0}  # of a run, and at its start
-YES_NO = {'true': True, '1': True, 'false': False, '0': False}
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run stops
 GPT2_VOCABULARY = 50304  # rounded up to a multiple of 64
 
@@ -146,18 +141,19 @@ def fail(message):
 def parse_flags(argv):
     """--key=value or --key value -> what was given, a dict. Exits if that is no flag."""
     parser = argparse.ArgumentParser(prog='train.py', usage='train.py [--flag=value ...]',
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     description=(__doc__ or '').split('\n\n')[0])
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = fail
+    yes_no = {'true': True, '1': True, 'false': False, '0': False}
     for config in (RunConfig, GPTConfig):
         group, source = parser.add_argument_group(config.__name__), inspect.getsource(config)
         for name, meaning in re.findall(r'^    (\w+): .*?  # (.*)$', source, re.MULTILINE):
-            kind = config.__annotations__[name]
-            how = dict(type=kind, choices=CHOICES.get(name)) if kind is not bool else dict(
-                type=lambda text: YES_NO.get(text.lower(), text), choices=YES_NO.values(),
-                nargs='?', const=True)
-            group.add_argument('--' + name, metavar=kind.__name__.upper(), **how,
-                               help=f'{meaning} [{DEFAULTS[name]}]'.replace('%', '%%'))
+            kind, how = config.__annotations__[name], dict(choices=CHOICES.get(name))
+            if kind is bool:  # --flag alone is true
+                how = dict(choices=(True, False), nargs='?', const=True)
+            group.add_argument(
+                f'--{name}', **how, metavar=kind.__name__.upper(),
+                type=kind if kind is not bool else lambda text: yes_no.get(text.lower(), text),
+                help=f'{meaning} [{DEFAULTS[name]}]'.replace('%', '%%'))
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split('=')[0]
@@ -176,47 +172,36 @@ def parse_config(argv):
     config = {**DEFAULTS, **PRESETS[given.get('preset', 'tiny')],
               **METHODS[given.get('method', 'ours')], **given}
     if config['method'] == 'paper' and 'latent_dim' not in given:
-        config['latent_dim'] = paper_latent_dim(config)
+        # 2 % of the keys' width and 5 % of the values'; 143 at width 2048
+        share = (config['n_kv_head'] or config['n_head']) / config['n_head']
+        config['latent_dim'] = max(2, round(0.07 * config['n_embd'] * share))
     for name in ('out_dir', 'data', 'val_data'):
         config[name] = os.path.expanduser(config[name])
     path = Path(config['out_dir'], 'ckpt.pt')
     if config['init_from'] == 'resume' or config['init_from'] == 'auto' and path.exists():
         checkpoint = load_checkpoint(path)
-        config = resumed(config, given, checkpoint, path)
+        config = resumed(config, given, checkpoint['config'])
     c = argparse.Namespace(**config)
     check_values(c)
     return c, checkpoint
 
 
-def resumed(config, given, checkpoint, path):
+def resumed(config, given, saved):
     """The checkpoint's configuration, but what is given, and HERE_FLAGS. Raises ValueError."""
-    saved, n = checkpoint['config'], checkpoint['iter_num']
-    if odd := set(saved) ^ set(config):
-        raise ValueError(f'{path} is of another version of this code, which differs in '
-                         f'--{min(odd)}: change --init_from or --out_dir')
     for name in {*MODEL_FLAGS, 'preset', 'method'} - set(HERE_FLAGS):
         if given.get(name, saved[name]) != saved[name]:
             raise ValueError(f'--{name}={given[name]} differs from the checkpoint, which has '
                              f'{saved[name]}')
-    given = {name: config[name] for name in (*given, *HERE_FLAGS)}
-    over, now = saved['warm_start'], given.get('warm_start', saved['warm_start'])
-    check(not now < n < over, f"warm_start ({now}) must be at least the checkpoint's iteration "
-          f'({n}), whose warm start (of {over}) is not over', 'warm_start')
-    return {**saved, **given}
-
-
-def paper_latent_dim(config):
-    """The paper's 2 % of the keys' width and 5 % of the values'; 143 at width 2048."""
-    n_kv_head = config['n_kv_head'] or config['n_head']
-    return max(2, round(0.07 * config['n_embd'] * n_kv_head / config['n_head']))
+    return {**saved, **{name: config[name] for name in (*given, *HERE_FLAGS)}}
 
 
 def model_config(c):
-    vocab_size = c.vocab_size or (GPT2_VOCABULARY if c.data.endswith('.bin') else 256)
+    config = {name: getattr(c, name) for name in MODEL_FLAGS}
     if c.data == 'needle':
-        vocab_size = c.block_size // 2 * (N_VALUES + 1)
-    sizes = {name: getattr(c, name) for name in MODEL_FLAGS}
-    return GPTConfig(**sizes | {'vocab_size': vocab_size})
+        config['vocab_size'] = c.block_size // 2 * (N_VALUES + 1)
+    elif c.data.endswith('.bin'):
+        config['vocab_size'] = c.vocab_size or GPT2_VOCABULARY
+    return GPTConfig(**config)
 
 
 def check_values(c):
@@ -229,20 +214,15 @@ def check_values(c):
     for name, holds, what in (
             ('beta1', c.beta1 < 1, 'below 1'), ('beta2', c.beta2 < 1, 'below 1'),
             ('n_chunks', c.data != 'needle' or c.n_chunks % 2 == 0, 'even with --data=needle'),
-            ('rehearse', c.rehearse != 1, '0 or at least 2'),
+            ('tflops', c.tflops > 0, 'above 0'), ('rehearse', c.rehearse != 1, '0 or at least 2'),
+            ('rehearse', not c.rehearse or c.n_chunks % (2 * c.rehearse) == 0,
+             f'a divisor of n_chunks / 2 ({c.n_chunks / 2:g})'),
             ('cp', not c.rehearse or c.cp in (0, c.rehearse), f'0 or rehearse ({c.rehearse})'),
             ('warm_start', c.send == 'local' or not 0 < c.max_iters <= c.warm_start,
              f'below max_iters ({c.max_iters}), or it never ends'),
             ('unplug_at', not c.unplug_at or c.warm_start < c.unplug_at < c.max_iters,
              f'between warm_start ({c.warm_start}) and max_iters ({c.max_iters})')):
         check(holds, f'{name} ({getattr(c, name)}) must be {what}', name)
-
-
-def check_chunks(c, cp):
-    """Raises ValueError unless a ring of cp ranks can share the chunks out."""
-    flag = 'rehearse' if c.rehearse else 'cp'
-    check(cp == 1 or c.n_chunks % (2 * cp) == 0,
-          f'n_chunks ({c.n_chunks}) must be a multiple of 2 * {flag} ({2 * cp})', 'n_chunks', flag)
 
 
 # -----------------------------------------------------------------------------
@@ -256,7 +236,7 @@ def stdlib_source():
         paths += [Path(folder, name) for name in names if name.endswith('.py')]
     texts = [path.read_bytes() for path in sorted(paths)]
     parts = [t for i, t in enumerate(texts) if i % 10 != 9], texts[9::10]
-    return [[np.frombuffer(b'\n'.join(part), dtype=np.uint8)] for part in parts]
+    return [[np.frombuffer(b'\n'.join(part), np.uint8)] for part in parts]
 
 
 # a header of 256 int32 begins with one of these, a version and the number of tokens: shards of
@@ -267,8 +247,8 @@ HEADERS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
 def read_tokens(path):
     """A file as an array: .bin (uint16, or what its header says), all else as bytes."""
     if not path.endswith('.bin'):
-        return np.memmap(path, dtype=np.uint8, mode='r')
-    size, header = os.path.getsize(path), np.fromfile(path, dtype=np.int32, count=3).tolist()
+        return np.memmap(path, np.uint8, 'r')
+    size, header = os.path.getsize(path), np.fromfile(path, np.int32, count=3).tolist()
     if size % 2:
         raise ValueError(f'{path} has an odd number of bytes ({size}): it holds no uint16 tokens')
     if len(header) == 3 and header[0] in HEADERS:
@@ -277,10 +257,10 @@ def read_tokens(path):
         if header[1:] != [version, n_tokens] or not n_tokens:
             raise ValueError(f'{path} has header version {header[1]} and {header[2]} tokens, but '
                              f'must have {version} and, by its size, {n_tokens} tokens')
-        return np.memmap(path, dtype=dtype, mode='r', offset=1024)
-    tokens = np.memmap(path, dtype=np.uint16, mode='r')
-    low, high = (tokens[i:200_000:2].max(initial=0) for i in (0, 1))
-    if size % 4 == 0 and high < min(low, 16):
+        return np.memmap(path, dtype, 'r', offset=1024)
+    tokens = np.memmap(path, np.uint16, 'r')
+    some = tokens[:200_000]
+    if size % 4 == 0 and some[1::2].max() < min(some[::2].max(), 16):
         raise ValueError(f'{path} seems to hold uint32 tokens (every second uint16 is below 16): '
                          "save them as uint16, or with llm.c's header")
     return tokens
@@ -295,9 +275,8 @@ def read_all(pattern):
     if soft < needed <= hard:  # every mapped file holds a descriptor
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     shards = [read_tokens(p) for p in paths]
-    for path, shard in zip(paths, shards):
-        check(shard.dtype == shards[0].dtype, f'{paths[0]} holds {shards[0].dtype} tokens, and '
-              f'{path} {shard.dtype}', 'data', 'val_data')
+    types = {str(shard.dtype): path for path, shard in zip(paths, shards)}
+    check(len(types) == 1, f'files hold different kinds of tokens: {types}', 'data', 'val_data')
     return shards
 
 
@@ -325,15 +304,16 @@ def fingerprint(shards):
 
 
 def get_batch(c, shards, vocab_size, rng):
-    """Random windows, uniform over all starting points -> idx, targets. Raises ValueError."""
+    """Random windows, uniform over all starting points -> idx, targets (B, block_size) int64."""
     before = np.cumsum([0, *(max(0, len(s) - c.block_size) for s in shards)])  # starting points
     rows = []
     for position in rng.integers(before[-1], size=c.batch_size):
         i = np.searchsorted(before, position, side='right') - 1
         rows.append(shards[i][position - before[i]:][:c.block_size + 1].astype(np.int64))
     rows = torch.from_numpy(np.stack(rows))
-    check(rows.max() < vocab_size,
-          f'the data has token {rows.max()}, outside vocab_size ({vocab_size})', 'vocab_size')
+    if rows.max() >= vocab_size:  # perhaps of this rank alone
+        fail(f'the data has token {rows.max()}, outside vocab_size ({vocab_size}): change '
+             '--vocab_size')
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -366,15 +346,10 @@ class Batches:
     def __init__(self, c, world):
         self.c, self.world, self.vocab_size = c, world, model_config(c).vocab_size
         self.train, self.val = ([], []) if c.data == 'needle' else load_data(c)
-        self.per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size  # tokens
 
     def get(self, shards, *seed):
-        """-> idx, targets (batch_size, block_size) int64"""
         c, rng = self.c, np.random.default_rng(seed)
-        try:
-            batch = get_batch(c, shards, self.vocab_size, rng) if shards else needle_batch(c, rng)
-        except ValueError as e:  # perhaps of this rank alone
-            fail(e)
+        batch = get_batch(c, shards, self.vocab_size, rng) if shards else needle_batch(c, rng)
         if self.world.device.type == 'cuda':
             batch = [t.pin_memory().to(self.world.device, non_blocking=True) for t in batch]
         return batch
@@ -391,87 +366,61 @@ class Batches:
 # -----------------------------------------------------------------------------
 # Sizing a run before renting machines
 
-class Estimate:
-    """What a token of the sequence costs one of P ranks: bytes it receives, seconds it computes."""
-
-    def __init__(self, c, P, ulysses=False, **options):
-        config = model_config(argparse.Namespace(**{**vars(c), **options}))
-        dtype = getattr(torch, 'bfloat16' if c.dtype == 'auto' else c.dtype)
-        with torch.device('meta'):
-            model = GPT(config)
-            x = torch.empty(1, config.block_size // P, config.n_embd, dtype=dtype)
-            kv = torch.empty(*x.shape[:2], 2, config.n_kv_head, config.head_dim, dtype=dtype)
-            tokens = torch.zeros(*x.shape[:2], config.guess_tokens, dtype=torch.int64)
-            layers = [codec.wire_bytes(x, kv, tokens, codec.weights(  # a norm changes no shape
-                model.wte.weight, lambda x: x, b.attn.c_kv))
-                      for b in model.h if (codec := b.attn.codec)]
-        self.fwd, self.bwd = (sum(n) * (P - 1) / config.block_size for n in zip((0, 0), *layers))
-        if ulysses:  # queries, keys, values and outputs change hands, and so do their gradients
-            n_numbers = 2 * config.n_embd + 2 * config.n_kv_head * config.head_dim
-            self.fwd = self.bwd = n_numbers * dtype.itemsize * config.n_layer * (P - 1) / P**2
-        n_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        self.sync = 2 * (P - 1) / P * n_bytes / c.sync_every  # an iteration, not a token
-        self.rest_s, whole = (flops / P / c.tflops / 1e12 for flops in (
-            6 * model.get_num_params(), model.flops_per_token()))
-        self.attention_s = (whole - self.rest_s) / c.block_size  # for each token of context
-        self.after = 1 if ulysses else 1 / P  # the part of attention that comes after the exchange
-
-    def seconds(self, n, mbps=math.inf):
-        """
-        Of a sequence of n tokens, without the sync. A layer's exchange can hide under its attention
-        alone, of which two sevenths are forward (4 of 14 T^2 H hd), and under all but one shard of
-        that: the last to arrive, or the first to have a gradient. Ulysses' attention waits.
-        """
-        seconds = self.rest_s
-        for n_bytes, part in ((self.fwd, 2 / 7), (self.bwd, 5 / 7)):
-            attention = part * self.attention_s * n
-            seconds += max(attention, n_bytes * 8e-6 / mbps + attention * self.after)
-        return n * seconds
+def estimate(c, P, s_per_byte, ulysses):
+    """What an iteration costs one of P ranks: bytes of the ring, of the sync, and seconds."""
+    config, n_sequences = model_config(c), c.batch_size * c.gradient_accumulation_steps
+    dtype = getattr(torch, 'bfloat16' if c.dtype == 'auto' else c.dtype)
+    with torch.device('meta'):
+        model = GPT(config)
+        x = torch.empty(n_sequences, config.block_size // P, config.n_embd, dtype=dtype)
+        kv = torch.empty(*x.shape[:2], 2, config.n_kv_head, config.head_dim, dtype=dtype)
+        tokens = torch.zeros(*x.shape[:2], config.guess_tokens, dtype=torch.int64)
+        layers = [codec.wire_bytes(x, kv, tokens, codec.weights(  # a norm changes no shape
+            model.wte.weight, lambda x: x, b.attn.c_kv))
+                  for b in model.h if (codec := b.attn.codec)]
+    fwd, bwd = (sum(n) * (P - 1) for n in zip((0, 0), *layers))
+    if ulysses:  # queries and outputs change hands too, but only a rank's share of the heads
+        fwd = bwd = fwd * (1 + config.n_head / config.n_kv_head) / P
+    n_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    sync = 2 * (P - 1) / P * n_bytes / c.sync_every
+    s_per_flop = n_sequences * config.block_size / P / c.tflops / 1e12  # of one for each token
+    rest = 6 * model.get_num_params() * s_per_flop
+    attention = model.flops_per_token() * s_per_flop - rest
+    # A layer's exchange can hide under its attention alone, of which two sevenths are forward (4 of
+    # 14 T^2 H hd), and under all but one shard of that: the last to arrive, or the first to have a
+    # gradient. Ulysses' attention waits. The sync hides under nothing.
+    seconds, after = rest + sync * s_per_byte, 1 if ulysses else 1 / P
+    for n_bytes, s in ((fwd, attention * 2 / 7), (bwd, attention * 5 / 7)):
+        seconds += max(s, n_bytes * s_per_byte + s * after)
+    return fwd + bwd, sync, seconds
 
 
-def plan(c):
-    """What a rank of a ring would receive, and how fast it would be. Raises ValueError."""
-    P, n, n_sequences = c.rehearse or c.cp or 8, c.block_size, (
-        c.batch_size * c.gradient_accumulation_steps)
-    check(P > 1, f'--plan needs cp ({P}) of at least 2: one rank sends nothing', 'cp')
-    check(c.tflops > 0, f'--plan needs tflops ({c.tflops:g}) above 0', 'tflops')
-    check_chunks(c, P)
-    full = dict(send='full', wire_dtype='compute', grad_wire_dtype='same', compress_last=True)
-    paper = dict(send='mixture', latent_dim=paper_latent_dim(vars(c)), latent_dim_k=0)
-    rows = {'--send=full': full}
+def plan(argv):
+    """What a rank would receive, and how fast it would be, with these flags and with others."""
+    c, _ = parse_config(argv)
+    P, n_tokens = c.rehearse or c.cp or 8, (
+        c.batch_size * c.gradient_accumulation_steps * c.block_size)
+    zigzag(c.n_chunks, P, 0)  # complains of n_chunks
+    print(f'{P} ranks of {c.tflops:g} TFLOP/s, {n_tokens:,} tokens an iteration. Computed: what a '
+          'rank receives in it;\ntokens/s, if exchanges hide under attention, and the sync under '
+          'nothing.')
+    rows = [('--send=full', '--send=full')]
     if c.n_head % P == (c.n_kv_head or c.n_head) % P == 0:  # each rank has some of the heads
-        rows['Ulysses'] = dict(full, ulysses=True)
+        rows.append(('Ulysses', '--send=full'))
     if c.n_layer > 1:  # the paper leaves out the last layer
-        rows['--method=paper'] = {**full, **METHODS['paper'], **paper}
-    rows['this configuration'] = {}
-    said = textwrap.fill(
-        f'{P} ranks of {c.tflops:g} TFLOP/s, {n_sequences * n:,} tokens an iteration. Computed: '
-        'what the ring and the sync of weights or gradients cost a rank in an iteration; tokens/s, '
-        "if a layer's exchange hides under its attention and the sync under nothing; the context "
-        'from which the ring alone has 95% of its speed without a slow link.', 100)
+        rows.append(('--method=paper', '--method=paper --send=mixture'))
     for mbps in [c.link_mbps] if c.link_mbps else [300, 1000]:
-        said += (f'\n\n{f"at {mbps:g} Mbit/s":<32}{"ring, MB":>13}{"sync, MB":>10}{"ring, s":>11}'
-                 f'{"sync, s":>9}{"tokens/s":>12}{"95% from":>11}')
-        for name, options in rows.items():
-            e = Estimate(c, P, **options)
-            ring, slow = n_sequences * n * (e.fwd + e.bwd), 8e-6 / mbps
-            speed = n_sequences * n / (n_sequences * e.seconds(n, mbps) + e.sync * slow)
-            enough = 1 + bisect.bisect_left(range(1, 10**9), 0.95, key=lambda n: (
-                e.seconds(n) / e.seconds(n, mbps)))  # it grows with n
-            said += (f'\n{name:<32}{ring / 1e6:>13,.1f}{e.sync / 1e6:>10,.1f}{ring * slow:>11,.2f}'
-                     f'{e.sync * slow:>9,.2f}{speed:>12,.0f}{enough / 1e3:>10,.0f}K')
-    return said
+        print(f'\n{f"at {mbps:g} Mbit/s":<24}{"ring, MB":>12}{"sync, MB":>12}{"ring, s":>12}'
+              f'{"sync, s":>12}{"tokens/s":>14}')
+        for name, flags in (*rows, ('this configuration', '')):
+            s, (other, _) = 8e-6 / mbps, parse_config([*argv, *flags.split()])  # seconds a byte
+            ring, sync, seconds = estimate(other, P, s, name == 'Ulysses')
+            print(f'{name:<24}{ring / 1e6:>12,.1f}{sync / 1e6:>12,.1f}{ring * s:>12,.2f}'
+                  f'{sync * s:>12,.2f}{n_tokens / seconds:>14,.0f}')
 
 
 # -----------------------------------------------------------------------------
 # The processes
-
-def is_loopback(name):
-    try:
-        return socket.gethostbyname(name).startswith('127.')
-    except OSError:
-        return False
-
 
 class World:
     """
@@ -482,28 +431,25 @@ class World:
     def __init__(self, c):
         env, n = os.environ, c.gradient_accumulation_steps
         self.rank, self.n_processes = int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1))
-        for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT'):
-            if self.n_processes > 1 and name not in env:
-                raise ValueError(f'WORLD_SIZE is {self.n_processes} and {name} is not set')
         check(not c.rehearse or self.n_processes == 1, f'rehearse ({c.rehearse}) is for one '
               f'process, and there are {self.n_processes}', 'rehearse', 'nproc_per_node')
         self.world_size = c.rehearse or self.n_processes
         self.master, self.cp = self.rank == 0, c.rehearse or c.cp or self.world_size
         check(self.world_size % self.cp == 0, f'world size ({self.world_size}) must be a multiple '
               f'of cp ({self.cp})', 'cp', 'nproc_per_node')
-        check_chunks(c, self.cp)
+        zigzag(c.n_chunks, self.cp, 0)  # complains of n_chunks
         self.dp, self.dp_rank = self.world_size // self.cp, self.rank // self.cp
         check(n % self.dp == 0, f'gradient_accumulation_steps ({n}) must be a multiple of dp, '
               f'world size / cp ({self.dp})', 'gradient_accumulation_steps', 'cp')
         self.n_micro, self.n_local = n // self.dp, int(env.get('LOCAL_WORLD_SIZE', 1))
+        self.tokens = n * c.batch_size * c.block_size  # in an iteration
         self.device = self.pick_device(c.device)
         cuda, link = self.device.type == 'cuda', Link(c.link_mbps, c.latency_ms)
         default = 'bfloat16' if cuda else 'float32'
         self.dtype = getattr(torch, default if c.dtype == 'auto' else c.dtype)
         # no cache: a weight is used once in a forward pass, and a CUDA graph must not find one
-        self.autocast = nullcontext() if self.dtype != torch.bfloat16 else torch.autocast(
-            self.device.type, self.dtype, cache_enabled=False)
-        self.can_graph = cuda and not link.dialled  # a dialled link waits on the host
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False,
+                                       enabled=self.dtype == torch.bfloat16)
         self.ring = Rehearsal(self.cp, link) if c.rehearse else Ring(link=link)
         self.width, self.store = len(str(c.max_iters)), None
         self.terminated = self.stopping = False  # SIGTERM came; and all know it
@@ -532,31 +478,30 @@ class World:
         """Make the process groups. facts: {name: value}, the same on all. Raises ValueError."""
         if self.n_processes == 1:
             return
-        cuda = self.device.type == 'cuda'
-        first, own = os.environ['MASTER_ADDR'], socket.gethostname()
-        by_name = not cuda and 'GLOO_SOCKET_IFNAME' not in os.environ  # gloo looks itself up
-        if by_name and self.n_local < self.world_size and is_loopback(own) and (
-                not is_loopback(first)):
-            raise ValueError(
-                f'the others could not reach this machine: its name {own} has the address 127.*, '
-                'which gloo would tell them. Set GLOO_SOCKET_IFNAME to the network interface that '
-                f'reaches {first} (ip address lists them)')
+        env, cuda = os.environ, self.device.type == 'cuda'
+        first, own = env.get('MASTER_ADDR', ''), socket.gethostname()
         timeout = timedelta(seconds=c.timeout_s + 300 * c.compile)  # others may still be compiling
+        by_name = not cuda and 'GLOO_SOCKET_IFNAME' not in env  # gloo looks itself up
         try:
+            if by_name and self.n_local < self.world_size:
+                ours, theirs = (socket.gethostbyname(name) for name in (own, first))
+                if ours.startswith('127.') and not theirs.startswith('127.'):
+                    raise OSError(f'gloo would tell them {ours}, the address of its name {own}')
             store, _, _ = next(dist.rendezvous('env://', timeout=timeout))
             # torchrun keeps the store, with what an earlier start has left in it, over restarts
-            self.store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+            self.store = dist.PrefixStore(env.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
             dist.init_process_group('nccl' if cuda else 'gloo', store=self.store, rank=self.rank,
                                     world_size=self.world_size, timeout=timeout,
                                     device_id=self.device if cuda else None)
             everyone = [None] * self.world_size
             dist.all_gather_object(everyone, facts)
             group, _ = dist.new_subgroups(self.cp, timeout=timeout)
-        except RuntimeError as e:
+        except (RuntimeError, OSError) as e:
             raise ValueError(
-                f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): '
-                f'has one stopped? Is {first} the first machine, its port open, and the network '
-                'interface named in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME?') from e
+                f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): has '
+                f'one stopped? Is {first} the first machine, its port open, and the network '
+                'interface (see ip address) named in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME?'
+            ) from e
         for other, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
                 if theirs[name] != value:
@@ -607,9 +552,6 @@ def replace(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e:
-        e.filename = str(path)
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -619,27 +561,12 @@ def load_checkpoint(path):
     check(path.exists(), f'there is no {path} here to resume from', 'init_from', 'out_dir')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        if odd := checkpoint['config'].keys() ^ DEFAULTS.keys():
+            raise KeyError(f'--{min(odd)}')
         return {k: checkpoint[k] for k in ('model', 'optimizer', 'config', *STATE)}
     except Exception as e:  # whatever a damaged or foreign file makes of it
-        raise ValueError(f'{path} is damaged or not a checkpoint of this code '
-                         f'({type(e).__name__}): change --init_from or --out_dir') from e
-
-
-def load_optimizer(optimizer, state):
-    """An optimizer's saved state, but not its options: those are this run's."""
-    options = [{k: v for k, v in g.items() if k != 'params'} for g in optimizer.param_groups]
-    # before loading: whether it is fused decides on which device its steps are counted
-    groups = [{**saved, **own} for saved, own in zip(state['param_groups'], options)]
-    optimizer.load_state_dict({**state, 'param_groups': groups})
-
-
-def save_checkpoint(path, checkpoint):
-    """A full disk is said, and does not end the run."""
-    try:
-        replace(path, lambda f: torch.save(checkpoint, f))
-    except (OSError, RuntimeError) as e:  # torch has its own words for a disk that is full
-        print(f'train.py: could not write {path} ({str(e.args[-1]).splitlines()[0]}); the '
-              'checkpoint before it is untouched', file=sys.stderr)
+        raise ValueError(f'{path} is damaged, or no checkpoint of this version of the code '
+                         f'({e!r:.99}): change --init_from or --out_dir') from e
 
 
 def build(c, world, checkpoint):
@@ -657,15 +584,18 @@ def build(c, world, checkpoint):
             optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p),
                                       exp_avg_sq=torch.zeros_like(p))
     if checkpoint:
+        own = optimizer.state_dict()
         try:
             model.load_state_dict(checkpoint['model'])
-            load_optimizer(optimizer, checkpoint['optimizer'])
+            state = checkpoint['optimizer']['state']
+            if state.keys() != own['state'].keys():
+                raise ValueError('other parameters')
+            optimizer.load_state_dict({**own, 'state': state})  # with this run's options
         except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as e:
             raise ValueError(
                 f'{Path(c.out_dir) / "ckpt.pt"} does not fit the model that its own flags describe '
                 f'({str(e).split(":")[0]}): change --init_from or --out_dir') from e
-    state = model.state_dict().values()
-    world.broadcast([t for t in state if isinstance(t, torch.Tensor)], 'the first weights')
+    world.broadcast(model.parameters(), 'the first weights')
     return model, optimizer
 
 
@@ -681,32 +611,31 @@ def start_codecs(c, model, batches, world, iter_num):
     moments = [sum(several) for several in zip(*moments)]
     average(moments, world.ring)
     model.start_codecs(moments)
-    world.broadcast([t for codec in model.codecs for t in (*codec.parameters(), *codec.buffers())],
-                    'the first codecs')
+    world.broadcast([p for codec in model.codecs for p in codec.parameters()], 'the first codecs')
 
 
 def change_send(c, model, batches, world, iter_num):
     """Bring the model to what it sends from now on -> a function (idx, targets) -> loss."""
-    if iter_num == c.warm_start > 0 and model.codecs:
+    before, now = model.sends, sends_at(iter_num, c)
+    if before != 'codec' and now == 'codec' and model.codecs:
         start_codecs(c, model, batches, world, iter_num)
-    model.set_send(sends_at(iter_num, c))
+    model.set_send(now)
     n = 2 * model.config.n_kv_head * model.config.head_dim
     sends = c.send if model.sends == 'codec' else model.sends
     what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed',
-            'topk': f'the codec starts, the largest {c.topk:.0%} of {n} numbers a token and layer',
             'mixture': f'the codec starts, {c.latent_dim} of {n} numbers a token and layer'
                        + f', theta of {c.n_generators}' * (c.n_generators > 0)
                        + '; none for the first layer' * (c.guess_dim > 0)}
-    what = what.get(sends, f'the codec starts: {sends}')
-    world.tell(iter_num, what + '; compiling ...' * c.compile)
-    if c.compile and world.can_graph:
+    world.tell(iter_num, what.get(sends, f'the codec starts: {sends}')
+               + '; compiling ...' * c.compile)
+    if c.compile and world.device.type == 'cuda' and not world.ring.link.dialled:
         with world.autocast:
             return graphed(model, *batches.training(iter_num, 0))
     return lambda *batch: model(*batch)[1]
 
 
 def take_step(c, optimizer, params, loss_of, batches, world, iter_num):
-    """One step of AdamW -> this rank's loss, learning rate, gradient norm."""
+    """A step of AdamW, and the sync -> this rank's loss, learning rate, gradient norm."""
     # for the stochastic rounding; a function of the seed too, and not the same on every rank
     seed = np.random.SeedSequence((c.seed, iter_num, world.rank)).generate_state(1)[0]
     torch.manual_seed(int(seed))
@@ -726,27 +655,30 @@ def take_step(c, optimizer, params, loss_of, batches, world, iter_num):
         torch.nn.utils.clip_grads_with_norm_(params, c.grad_clip or math.inf, grad_norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if c.sync_every > 1 and (iter_num + 1 == c.max_iters or (iter_num + 1) % c.sync_every == 0):
+        world.average([p.detach() for p in params])
     return loss.item(), lr, grad_norm.item()
 
 
 def save(c, model, optimizer, world, at):
     """A checkpoint of this moment: one model and one optimizer, the same on all ranks."""
     if c.sync_every > 1:  # the weights are averaged already, AdamW's moments are not
-        states = [optimizer.state[p] for g in optimizer.param_groups for p in g['params']]
-        average([s[name] for s in states for name in ('exp_avg', 'exp_avg_sq')], world.ring)
-        steps = torch.stack([s['step'] for s in states]).to(world.device)
-        world.ring.all_reduce(steps, 'the number of steps', dist.ReduceOp.MAX)
-        torch._foreach_copy_([s['step'] for s in states], list(steps))
-    if world.master:
-        save_checkpoint(Path(c.out_dir) / 'ckpt.pt', {
-            'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
-            'model_args': vars(model.config),  # GPTConfig(**model_args) is the model, as in nanoGPT
-            **vars(at)})
-    if world.store:  # writing may take longer than a silent peer is waited for
-        if world.master:
-            world.store.set(f'checkpoint {at.iter_num}', '')
+        average([t for s in optimizer.state.values() for t in s.values()], world.ring)
+    written = f'checkpoint {at.iter_num}'
+    if not world.master:  # writing may take longer than a silent peer is waited for
         with waiting('rank 0', 'saving a checkpoint'):
-            world.store.wait([f'checkpoint {at.iter_num}'], timedelta(minutes=10))
+            return world.store.wait([written], timedelta(minutes=10))
+    path, checkpoint = Path(c.out_dir, 'ckpt.pt'), {
+        'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
+        'model_args': vars(model.config),  # GPTConfig(**model_args) is the model, as in nanoGPT
+        **vars(at)}
+    try:
+        replace(path, lambda f: torch.save(checkpoint, f))
+    except (OSError, RuntimeError) as e:  # torch has its own words for a disk that is full
+        print(f'train.py: could not write {path} ({str(e.args[-1]).splitlines()[0]}); the '
+              'checkpoint before it is untouched', file=sys.stderr)
+    if world.store:
+        world.store.set(written, '')
 
 
 @torch.no_grad()
@@ -783,11 +715,12 @@ class Log:
         d = model.config.n_kv_head * model.config.head_dim
         self.n_received, self.full = n, n * 3 * 2 * d * world.dtype.itemsize
         self.path = Path(c.out_dir, 'log.jsonl')
-        self.writes = world.master and not c.rehearse and os.access(c.out_dir, os.W_OK)
+        self.writes = world.master and not c.rehearse and not c.eval_only
         if self.writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_bytes().splitlines(True) if self.path.exists() else []
-            n = math.inf if c.eval_only else at.iter_num
-            kept = [line for line in lines if self.is_before(line, n)]
+            found = [re.match(rb'{"iter": (\d+),.*}\n', line) for line in lines]  # no half lines
+            kept = [match[0] for match in found if match and int(match[1]) < at.iter_num]
             config = self.line({'iter': at.iter_num, 'config': vars(c)})
             replace(self.path, lambda f: f.writelines([*kept, config]))
 
@@ -796,13 +729,6 @@ class Log:
         record = json.loads(json.dumps(record), parse_constant=lambda _: None)
         return json.dumps(record).encode() + b'\n'
 
-    @staticmethod
-    def is_before(line, iter_num):
-        try:
-            return line.endswith(b'\n') and json.loads(line)['iter'] < iter_num
-        except (ValueError, KeyError, TypeError):  # a killed run may have left half a line
-            return False
-
     def step(self, at, losses, before, **more):
         """Say what happened since the last line, and -> it. before: the meter before the step."""
         c, world, ring, i = self.c, self.world, self.world.ring, at.iter_num - 1
@@ -810,8 +736,7 @@ class Log:
         total, n = ring.all_reduce(total, 'the average of losses').tolist()
         loss = total / n if n else math.nan  # the mean, as one batch's jumps
         dt = (at.seconds - self.since[1]) / (at.iter_num - self.since[0])
-        n_sequences = c.gradient_accumulation_steps * c.batch_size
-        tokens = n_sequences * c.block_size
+        tokens, n_sequences = world.tokens, world.tokens // c.block_size
         gpu = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else ''
         peak = world.world_size * sum(flops for name, flops in PEAK_FLOPS.items() if name in gpu)
         world.tell(i, f'loss {loss:.4f}, {dt * 1000:>6,.0f} ms, {tokens / dt:>9,.0f} tok/s' + (
@@ -830,23 +755,24 @@ class Log:
                 **{k: sync[k] for k in ('sent_sync', 'received_sync')}}
 
     def write(self, record):
+        """A full disk is said, and does not end the run."""
         self.records.append(record)
+        if not self.writes:
+            return
         try:
-            if self.writes:
-                with open(self.path, 'ab', buffering=0) as f:
-                    size, line = f.tell(), self.line(record)
-                    if f.write(line) < len(line):  # half a line is none
-                        f.truncate(size)
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as e:  # a full disk does not end the run
+            with open(self.path, 'ab', buffering=0) as f:
+                size, line = f.tell(), self.line(record)
+                if f.write(line) < len(line):
+                    f.truncate(size)  # half a line is none
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
             print(f'train.py: could not write {self.path} ({e.strerror})', file=sys.stderr)
 
 
-def describe(c, model, batches, world):
+def describe(c, model, batches, world, at):
     preset, say = {**DEFAULTS, **PRESETS[c.preset]}, world.say
     changed = ', '.join(f'{k}={v}' for k, v in vars(c).items() if k != 'preset' and v != preset[k])
-    say(textwrap.fill(f'preset {c.preset}' + f' with {changed}' * bool(changed), 100,
-                      break_on_hyphens=False))
+    say(f'preset {c.preset}' + f' with {changed}' * bool(changed))
     vocab_size, n = model.config.vocab_size, model.get_num_params()
     say(f'{n / 1e6:.2f}M parameters, {vocab_size * c.n_embd / 1e6:.2f}M of them for a vocabulary '
         f'of {vocab_size}' + f" (GPT-2's has {GPT2_VOCABULARY})" * (c.preset == '124m'))
@@ -858,36 +784,35 @@ def describe(c, model, batches, world):
             n, short = sum(map(len, shards)), sum(len(s) <= c.block_size for s in shards)
             say(f'{what} data: {n:,} {"bytes" if shards[0].dtype == np.uint8 else "tokens"} in '
                 f'{len(shards)} file(s)' + f', {short} too short for block_size' * bool(short)
-                + f'; {c.max_iters * batches.per_iter / n:.2g} passes' * (what == 'training'))
-    if world.cp == 1:
-        say('a ring of one: no keys and values cross a wire')
-    if world.world_size == 1 and world.ring.link.dialled:
-        say('one process: --link_mbps and --latency_ms slow nothing down')
-    if c.eval_only and c.init_from == 'scratch':
-        say('--eval_only without --init_from=resume: of the initial weights')
-    if c.rehearse:
-        say(f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory and bytes. The '
-            'losses mean nothing; nothing is validated or saved')
+                + f'; {c.max_iters * world.tokens / n:.2g} passes' * (what == 'training'))
+    for holds, note in (
+            (world.cp == 1, 'a ring of one: no keys and values cross a wire'),
+            (world.world_size == 1 and world.ring.link.dialled,
+             'one process: --link_mbps and --latency_ms slow nothing down'),
+            (c.eval_only and c.init_from == 'scratch',
+             '--eval_only without --init_from=resume: of the initial weights'),
+            (c.rehearse, f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory '
+             'and bytes. The losses mean nothing; nothing is validated or saved'),
+            (at.iter_num, f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of '
+             f'{c.max_iters}' + '; to go on, raise --max_iters' * (at.iter_num >= c.max_iters))):
+        say(note if holds else '')
 
 
 def summarize(meter, full, world):
     """What a run came to. full: bytes that a rank would have sent over the ring uncompressed."""
-    ring, sync = ((meter[f'sent_{a}'] + meter[f'sent_{b}']) / 1e6
-                  for a, b in (('fwd', 'bwd'), ('sync', '')))
+    ring, sync = meter['sent_fwd'] + meter['sent_bwd'], meter['sent_sync']
     if full or sync:
         world.say(f'MB sent by rank {world.ring.rank:<5}      sent  uncompressed')
-        for name, sent, of in (('ring', ring, full / 1e6), ('sync', sync, sync),
-                               ('total', ring + sync, full / 1e6 + sync)):
-            world.say(f'  {name:<18}{sent:>12,.1f}{of:>14,.1f}')
+        for name, sent, of in (('ring', ring, full), ('sync', sync, sync),
+                               ('total', ring + sync, full + sync)):
+            world.say(f'  {name:<18}{sent / 1e6:>12,.1f}{of / 1e6:>14,.1f}')
     if world.device.type == 'cuda':
         peak = torch.cuda.max_memory_allocated() / 1e9
         world.say(f'peak memory of rank {world.ring.rank}: {peak:.2f} GB')
 
 
 def sample(c, model, world):
-    """Continue --prompt."""
-    if model.config.vocab_size != 256:
-        return world.say('no sample: --prompt is bytes, and the vocabulary is not')
+    """Continue --prompt, which is bytes."""
     prompt = torch.tensor([list(os.fsencode(c.prompt) or b'\n')], device=world.device)
     with world.autocast:
         text = model.generate(prompt, c.sample_tokens, temperature=0.8, top_k=50)[0]
@@ -902,21 +827,16 @@ def set_up(argv):
     try:
         c, checkpoint = parse_config(argv)
         if c.plan:
-            return print(plan(c))
+            return plan(sys.argv[1:] if argv is None else argv)
         world = World(c)
         batches = Batches(c, world)
-        if world.master and not c.rehearse:
-            Path(c.out_dir).mkdir(parents=True, exist_ok=True)
-            check(c.eval_only or os.access(c.out_dir, os.W_OK),
-                  f'out_dir ({c.out_dir}) cannot be written', 'out_dir')
         if c.compile and world.device.type == 'cpu' and (why := kernels.cannot_compile()):
             raise ValueError('--compile needs a C++ compiler that PyTorch can use, for example '
                              f'g++, and has none ({why}): install one, or leave out --compile')
         at = argparse.Namespace(**{k: (checkpoint or STATE)[k] for k in STATE})
         world.join(c, {  # what all ranks must agree on
             **{f'--{k}': v for k, v in vars(c).items() if k not in ('out_dir', 'data', 'val_data')},
-            'torch': torch.__version__, 'checkpoint': checkpoint and 'iteration {iter_num}, best '
-            'loss {best_val_loss:.4f}, {seconds:.1f} s'.format(**vars(at)),
+            'torch': torch.__version__, 'checkpoint': checkpoint and vars(at),
             'training data with checksum': fingerprint(batches.train),
             'validation data with checksum': fingerprint(batches.val)})
         model, optimizer = build(c, world, checkpoint)
@@ -924,18 +844,15 @@ def set_up(argv):
     except ValueError as e:
         fail(e)
     except OSError as e:
-        fail(f'{e.filename or "a file"} cannot be read or made ({e.strerror}): ' + (
-            'raise ulimit -n, or ' * (e.errno == errno.EMFILE)
-            + 'change --data, --val_data or --out_dir'))
-    describe(c, model, batches, world)
-    if checkpoint:
-        world.say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}'
-                  + '; to go on, raise --max_iters' * (at.iter_num >= c.max_iters))
+        remedy = 'raise ulimit -n, or ' * (e.errno == errno.EMFILE)
+        fail(f'{e.filename or "a file"} cannot be read or made ({e.strerror}): {remedy}change '
+             '--data, --val_data or --out_dir')
+    describe(c, model, batches, world, at)
     return c, model, optimizer, batches, world, log, at
 
 
 def main(argv=None):
-    """One training run. Returns a dict: iter_num, loss, val_loss, the log's records, the model."""
+    """One training run. Returns a dict: the log's last values and records, iter_num, the model."""
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to end
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
@@ -954,7 +871,8 @@ def main(argv=None):
     if world.stopping:
         world.say('stopped by SIGTERM; --init_from=resume goes on')
         sys.exit(128 + signal.SIGTERM)
-    if world.master and c.sample_tokens and not c.eval_only and not c.rehearse:
+    bytes_alone = model.config.vocab_size == 256
+    if world.master and bytes_alone and c.sample_tokens and not c.eval_only and not c.rehearse:
         sample(c, model, world)
     return result
 
@@ -962,18 +880,13 @@ def main(argv=None):
 def train(c, model, optimizer, batches, world, log, at):
     """The loop. Returns what `main` does."""
     meter, params = world.ring.meter, [p for p in model.parameters() if p.requires_grad]
-    first, loss_of, losses = argparse.Namespace(**vars(at)), None, []
-    n_skipped, in_a_row, result = 0, 0, dict(loss=math.nan, val_loss=math.nan)
+    first, loss_of, losses, skipped = argparse.Namespace(**vars(at)), None, [], []
     # at a sync: only then do all ranks have the same weights
     eval_interval = c.sync_every * math.ceil(c.eval_interval / c.sync_every)
     while True:
-        # -- between steps: the sync of weights, what is sent from now on
+        # -- what is sent from now on
         began, record = time.perf_counter(), {'iter': at.iter_num}
-        done = at.iter_num >= c.max_iters or c.eval_only
-        due = at.iter_num % c.sync_every == 0 or done
-        if c.sync_every > 1 and due and at.iter_num > first.iter_num:
-            world.average([p.detach() for p in params])
-        done = done or world.stopping
+        done = at.iter_num >= c.max_iters or c.eval_only or world.stopping
         if loss_of is None or model.sends != sends_at(at.iter_num, c):
             loss_of = None  # an earlier CUDA graph goes before the next is captured
             loss_of = change_send(c, model, batches, world, at.iter_num)
@@ -990,7 +903,7 @@ def train(c, model, optimizer, batches, world, log, at):
             if at.iter_num > first.iter_num and math.isfinite(val_loss) and (
                     best or c.always_save_checkpoint):
                 save(c, model, optimizer, world, at)
-            world.ring.meter, result['val_loss'] = meter, val_loss
+            world.ring.meter = meter
         if done:
             log.write(record)
             break
@@ -999,27 +912,27 @@ def train(c, model, optimizer, batches, world, log, at):
         began, before = time.perf_counter(), Counter(meter)
         loss, lr, grad_norm = take_step(c, optimizer, params, loss_of, batches, world, at.iter_num)
         if math.isfinite(grad_norm):
-            in_a_row = 0
             losses.append(loss)
         else:
-            in_a_row, n_skipped = in_a_row + 1, n_skipped + 1
+            skipped.append(at.iter_num)
             print(f'train.py: rank {world.rank}, iter {at.iter_num}: the gradient is not finite, '
                   'step skipped', file=sys.stderr, flush=True)
-        if in_a_row == MAX_SKIPPED:
-            fail(f'no finite gradient in {MAX_SKIPPED} steps up to iteration {at.iter_num}; the '
-                 'last checkpoint is from before them: lower --learning_rate')
+            if skipped[-MAX_SKIPPED:] == [*range(at.iter_num + 1 - MAX_SKIPPED, at.iter_num + 1)]:
+                fail(f'no finite gradient in {MAX_SKIPPED} steps up to iteration {at.iter_num}; '
+                     'the last checkpoint is from before them: lower --learning_rate')
         at.iter_num += 1
         at.seconds += time.perf_counter() - began
         if record['iter'] % c.log_interval == 0 or at.iter_num == c.max_iters:
-            record |= log.step(at, losses, before, lr=lr, grad_norm=grad_norm, skipped=n_skipped)
-            result['loss'], losses = record['loss'], []
+            record |= log.step(at, losses, before, lr=lr, grad_norm=grad_norm, skipped=len(skipped))
+            losses = []
         if len(record) > 1:
             log.write(record)
     if n := at.iter_num - first.iter_num:
-        world.say(f'{n} iterations, {n * batches.per_iter:,} tokens in '
+        world.say(f'{n} iterations, {n * world.tokens:,} tokens in '
                   f'{at.seconds - first.seconds:.0f}s')
         summarize(meter, n * log.full, world)
-    return {**result, 'iter_num': at.iter_num, 'records': log.records, 'model': model}
+    last = {key: value for record in log.records for key, value in record.items()}
+    return {**last, 'iter_num': at.iter_num, 'records': log.records, 'model': model}
 
 
 if __name__ == '__main__':
