@@ -409,9 +409,10 @@ class GPTConfig:
         for name in ('n_generators', 'guess_dim'):
             value = getattr(self, name)
             check(value >= 0, f'{name} ({value}) must be at least 0', name)
-        for d, r in self.subspaces if self.send == 'mixture' else ():
-            check(1 <= r <= d, f'latent_dim ({self.latent_dim}) must leave each subspace between 1 '
-                  f'and {d} numbers, and one has {r}', 'latent_dim', 'latent_dim_k')
+        for n, r in self.subspaces if self.send == 'mixture' else ():
+            n = min(n, 2 * self.n_kv_head * self.head_dim)  # all that keys and values can say
+            check(1 <= r <= n, f'latent_dim ({self.latent_dim}) must leave each subspace between 1 '
+                  f'and {n} numbers, and one has {r}', 'latent_dim', 'latent_dim_k')
         check(self.compress_last or self.n_layer > 1 or self.send in ('full', 'local'),
               f'compress_last ({self.compress_last}) leaves nothing to compress when n_layer is '
               f'{self.n_layer}', 'compress_last', 'n_layer')

@@ -662,6 +662,21 @@ def test_exact_local_and_unplugged_models_are_exact():
         assert not missing and all('codec' in name for name in unexpected)
 
 
+@pytest.mark.parametrize('of', mos_cp.CHOICES['subspace_of'])
+def test_as_many_numbers_as_there_are_lose_nothing(of):
+    """A codec of all 32 directions of keys and values, started from these tokens, rebuilds them."""
+    expected = small_model(send='full')(IDX)[0]
+    for guess_dim in (0, 5):
+        model = small_model(subspace_of=of, latent_dim=32, guess_dim=guess_dim)
+        model.set_send('full')
+        model.start_codecs(model.moments(IDX))
+        model.set_send('codec')
+        for name, p in model.named_parameters():
+            if name.endswith('codec.B'):
+                p.detach().zero_()
+        assert_close(model(IDX)[0], expected, 'logits', 1e-6)
+
+
 def test_principal_directions():
     """Of the right span, and turned: numbers that share a scale are of one size."""
     turn = torch.linalg.qr(double(8, 8, generator=seeded(1)))[0]
@@ -823,6 +838,7 @@ def test_more_files_than_descriptors(tmp_path, most):
     ('--n_embd=100 --n_head=3', r'n_embd \(100\) must be a multiple of 2 \* n_head \(6\)'),
     ('--n_head=4 --n_kv_head=3', r'n_head \(4\) must be a multiple of n_kv_head \(3\)'),
     ('--latent_dim=0', r'latent_dim \(0\) must be at least 1'), ('--beta2=1', r'beta2 \(1.0\)'),
+    ('--n_kv_head=1 --latent_dim=65', r'1 and 64 numbers'),
     ('--latent_dim=129', r'\(129\) must leave each subspace between 1 and 128 numbers, and one'),
     ('--subspace_of=kv --joint_kv=False --latent_dim_k=36',
      r'dim \(36\) must .* between 1 and 128 .* one has 0'),
