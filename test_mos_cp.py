@@ -517,7 +517,7 @@ def test_formulas(of):
     codec, g = mixture(n_generators=3, guess_dim=4, vocab_size=50, subspace_of=of), seeded(0)
     c_kv = torch.nn.Linear(16, 32, bias=False).double()
     with torch.no_grad():
-        for p in codec.parameters():
+        for p in (*codec.parameters(), c_kv.weight):
             p.copy_(0.3 * double(*p.shape, generator=g))
     x, embedding = double(1, 8, 16, generator=g), double(50, 16, generator=g)
     tokens, norm = torch.randint(50, (1, 8, 2), generator=g), mos_cp.Norm(16).double()
@@ -556,6 +556,7 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
     """
     g, embedding = seeded(0), double(50, 16, generator=seeded(1))
     c_kv, R = torch.nn.Linear(16, 32, bias=False).double(), double(16, 32, generator=g) / 4
+    c_kv.weight.data = double(32, 16, generator=g) / 4
     basis = double(6, 16, generator=g)
 
     def rows(n):
@@ -581,7 +582,7 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
                     dict(subspace_of='kv', latent_dim=12, joint_kv=False, latent_dim_k=6)):
         errors, mixed = ([left(**options, guess_dim=m, n_generators=k) for m in (0, 8, 99)]
                          for k in (0, 4))
-        assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.05, (options, errors)
+        assert errors[0] > 1.5 * errors[1] > 15 * errors[2] and errors[2] < 0.01, (options, errors)
         assert mixed == pytest.approx(errors, rel=1e-9)
 
 
