@@ -136,12 +136,13 @@ class Mixture(Full):
         # random numbers of its own: the initial weights must not depend on what is sent
         self.seed = (torch.initial_seed() * 1000 + layer) % 2**63
         rng = torch.Generator().manual_seed(self.seed)
-        # one each, or of K and of V
+        # one each, or of K and of V; D is empty where it is E
         self.E, self.D, self.psi = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         for n, r in config.subspaces:
             U_0 = self.family(torch.linalg.qr(torch.randn(n, r, generator=rng))[0])
-            for matrices in (self.E, self.D)[:1 + self.of_input]:
-                matrices.append(nn.Parameter(U_0.clone(), requires_grad=not self.frozen))
+            self.E.append(nn.Parameter(U_0, requires_grad=not self.frozen))
+            if self.of_input:
+                self.D.append(nn.Parameter(U_0.clone(), requires_grad=not self.frozen))
             if k := config.n_generators:
                 self.psi.append(nn.Parameter(0.02 * torch.randn(k, n, generator=rng)))
         n, width = sum(map(len, self.E)), 2 * config.n_kv_head * config.head_dim
@@ -250,12 +251,13 @@ class Mixture(Full):
             R = torch.cat((A @ W_in, R[:, -1:]), dim=1)
             left = left - R @ ex - (R @ ex).T + R @ ee @ R.T
         rng, begin = torch.Generator().manual_seed(self.seed), 0
-        for i, U in enumerate(self.E):
-            part = slice(begin, begin + len(U))
+        for i, (n, r) in enumerate(self.config.subspaces):
+            part = slice(begin, begin + n)
             M, begin = left[part, part], part.stop
-            for matrices, U_0 in zip((self.E, self.D), bottleneck(M, W[:, part], U.shape[2])):
-                if len(matrices):
-                    matrices[i].copy_(self.family(U_0))
+            E, D = bottleneck(M, W[:, part], r)
+            self.E[i].copy_(self.family(E))
+            if self.of_input:
+                self.D[i].copy_(self.family(D))
             if len(self.psi) and not self.frozen:
                 # 4. A random psi by which psi (x - g) has variance 1: tanh bends, and is not flat
                 psi = torch.randn(self.psi[i].shape, generator=rng).to(M)
@@ -363,7 +365,7 @@ class GPTConfig:
     send: str = 'mixture'  # full (uncompressed), local (nothing), topk, or mixture
     latent_dim: int = 36  # numbers sent for a token and layer, its key and value together
     latent_dim_k: int = 0  # of these for the key, without joint_kv; 0: two sevenths
-    joint_kv: bool = True  # one subspace for keys and values together; False: one each
+    joint_kv: bool = True  # subspace_of=kv: one for keys and values together; False: one each
     n_generators: int = 4  # how many matrices theta mixes into the subspace; 0: one subspace
     theta: str = 'token'  # of each token, or of a chunk's mean (the paper)
     subspace: str = 'learned'  # or frozen: skew-symmetric generators rotate it (the paper)
