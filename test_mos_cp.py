@@ -811,7 +811,8 @@ def test_readers(tmp_path):
             (np.arange(1000, dtype=np.uint32).tobytes(), 'seems to hold uint32'),
             (np.arange(70_000, 71_000, dtype=np.uint32).tobytes(), 'seems to hold uint32'),
             (header(20240520, 1, 600) + b'ab', 'has header version 1 and 600 tokens'),
-            (header(20240520, 1, 600)[:100], 'by its size, 0 tokens')):
+            (header(20240520, 1, 600)[:100], 'by its size, 0 tokens'),
+            (header(20240520, 1, 0), 'has header version 1 and 0 tokens')):
         (tmp_path / 'bad.bin').write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load(tmp_path / 'bad.bin')
@@ -1330,8 +1331,8 @@ def test_no_way_to_the_others(monkeypatch):
     """The environment is not torchrun's; gloo would tell them 127.*; there is no network."""
     for name in ('MASTER_ADDR', 'GLOO_SOCKET_IFNAME'):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(socket, 'gethostbyname', lambda name: (
-        '10.9.0.1' if name == '10.9.0.1' else '127.0.1.1'))
+    addresses = {'': '0.0.0.0', '10.9.0.1': '10.9.0.1'}  # of others: loopback
+    monkeypatch.setattr(socket, 'gethostbyname', lambda name: addresses.get(name, '127.0.1.1'))
     c, _ = train.parse_config(['--device=cpu', '--timeout_s=1'])
     for name, value, message in (
             ('WORLD_SIZE', '2', 'environment variable RANK expected, but not set'),
@@ -1403,12 +1404,13 @@ def test_bad_checkpoints_are_refused(reference_run, tmp_path):
     whole, path = (reference_run[0] / 'ckpt.pt').read_bytes(), tmp_path / 'ckpt.pt'
     checkpoint = torch.load(reference_run[0] / 'ckpt.pt', weights_only=True)
     wrong = dict(checkpoint['model'], **{'wte.weight': torch.ones(256, 16)})
+    other = {k: v for k, v in checkpoint['config'].items() if k != 'cp'}  # of another version
     changes = ({'model': wrong}, {'model': {}}, {'optimizer': {}},
                {'optimizer': {'state': {}, 'param_groups': []}})
     for message, contents in (
             ('is damaged, or no checkpoint', (
                 whole[:len(whole) // 2], b'', b'something else', Path('code that must not run'),
-                torch.ones(3), {'model': {}})),
+                torch.ones(3), {'model': {}}, {**checkpoint, 'config': other})),
             ('does not fit the model', [{**checkpoint, **change} for change in changes])):
         for content in contents:
             torch.save(content, path)

@@ -483,7 +483,7 @@ class World:
         timeout = timedelta(seconds=c.timeout_s + 300 * c.compile)  # others may still be compiling
         by_name = not cuda and 'GLOO_SOCKET_IFNAME' not in env  # gloo looks itself up
         try:
-            if by_name and self.n_local < self.world_size:
+            if by_name and first and self.n_local < self.world_size:
                 ours, theirs = (socket.gethostbyname(name) for name in (own, first))
                 if ours.startswith('127.') and not theirs.startswith('127.'):
                     raise OSError(f'gloo would tell them {ours}, the address of its name {own}')
