@@ -123,7 +123,7 @@ class Mixture(Full):
     but c are learned (W_in, A and B of rank guess_dim); k = 0 is one learned subspace.
 
     subspace_of = 'kv': the same of [K, V] itself, with E = D = U, no W and no B. The paper
-    (Algorithm 1) is this with other choices: no guess; K and V apart; theta of a chunk's mean,
+    (Algorithm 1) is this with other choices: K and V apart; no guess; theta of a chunk's mean,
     clipped; U(theta) = (I + M + M^2 / 2) U_0 with M = sum_l theta_l G_l and frozen U_0 and
     skew-symmetric G_l: to second order, a rotation of U_0.
     """
@@ -339,7 +339,7 @@ CHOICES = {  # the values an option takes; train.py's flags check against these 
     'grad_wire_dtype': ('same', 'compute', 'bf16', 'int8', 'int4'),
     'theta': ('token', 'chunk'),
     'subspace': ('learned', 'frozen'),
-    'subspace_of': ('input', 'kv'),
+    'subspace_of': ('input', 'kv', 'apart'),
     'generator_norm': ('frobenius', 'spectral'),
 }
 
@@ -364,14 +364,13 @@ class GPTConfig:
     rope_base: float = 500000.0  # base of the rotary embedding's frequencies
     send: str = 'mixture'  # full (uncompressed), local (nothing), topk, or mixture
     latent_dim: int = 36  # numbers sent for a token and layer, its key and value together
-    latent_dim_k: int = 0  # of these for the key, without joint_kv; 0: two sevenths
-    joint_kv: bool = True  # subspace_of=kv: one for keys and values together; False: one each
+    latent_dim_k: int = 0  # of these for the key, with subspace_of=apart; 0: two sevenths
     n_generators: int = 4  # how many matrices theta mixes into the subspace; 0: one subspace
     theta: str = 'token'  # of each token, or of a chunk's mean (the paper)
     subspace: str = 'learned'  # or frozen: skew-symmetric generators rotate it (the paper)
     generator_norm: str = 'frobenius'  # of frozen ones: frobenius (the paper) or spectral norm 1
     theta_max: float = 0.2  # largest |theta|; the paper's is 0.5
-    subspace_of: str = 'input'  # of the layer's input, or of kv: keys and values (the paper)
+    subspace_of: str = 'input'  # the layer's input; kv: its [K, V]; apart: one each (the paper)
     guess_dim: int = 512  # rank of the guess by the tokens, at most n_embd; 0: no guess
     guess_tokens: int = 2  # tokens that the guess looks at: this one, and those just before it
     exact_local: bool = True  # a chunk's own keys and values are exact; False (the paper): rebuilt
@@ -433,11 +432,10 @@ class GPTConfig:
         (n, r) of each subspace: one of the layer's input, or of [K, V] together in R^2d, or one for
         K and one for V.
         """
-        if self.subspace_of == 'input':
-            return [(self.n_embd, self.latent_dim)]
         d = self.n_kv_head * self.head_dim  # width of all keys, and of all values, of a token
-        apart = [(d, self.latent_dim_k), (d, self.latent_dim - self.latent_dim_k)]
-        return [(2 * d, self.latent_dim)] if self.joint_kv else apart
+        return {'input': [(self.n_embd, self.latent_dim)], 'kv': [(2 * d, self.latent_dim)],
+                'apart': [(d, self.latent_dim_k), (d, self.latent_dim - self.latent_dim_k)],
+                }[self.subspace_of]
 
 
 # -----------------------------------------------------------------------------
@@ -652,11 +650,6 @@ class GPT(nn.Module):
         self.set_send(sends)
 
     @property
-    def codecs(self):
-        """Those that have something to start."""
-        return [block.attn.codec for block in self.started]
-
-    @property
     def started(self):
         """The blocks whose codec has something to start."""
         return [block for block in self.h if hasattr(block.attn.codec, 'start')]
@@ -664,7 +657,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def moments(self, idx=None):
         """
-        For each of self.codecs, second moments of rows [x, e, 1] over this rank's tokens of idx: x
+        For each of self.started, second moments of rows [x, e, 1] over this rank's tokens of idx: x
         is what its subspace is of, the layer's normed input or its keys and values, e (if there is
         a guess) the embeddings of the tokens, normed alike. To be summed over ranks and batches.
         None: x are rows of the weights W of [K, V] = W x, or as in the paper columns; e is 0.

@@ -211,8 +211,8 @@ class First(mos_cp.Full):
 mos_cp.CODECS['first'] = First
 EXACT = dict(grad_wire_dtype='compute')  # a gradient that travels is not rounded at random
 ONE = dict(n_generators=0, guess_dim=0)  # one learned subspace
-PAPER = dict(subspace='frozen', subspace_of='kv', theta='chunk', n_generators=1, guess_dim=0,
-             joint_kv=False, exact_local=False, theta_max=0.5)
+PAPER = dict(subspace='frozen', subspace_of='apart', theta='chunk', n_generators=1, guess_dim=0,
+             exact_local=False, theta_max=0.5)
 OPTIONS = [
     dict(send='first', wire_dtype='int8', **EXACT),
     dict(send='full'), dict(send='local'), dict(send='topk', topk=0.3),
@@ -223,7 +223,7 @@ OPTIONS = [
     dict(recompute=True, n_generators=0), dict(wire_dtype='int4', **EXACT),
     dict(guess_tokens=1), dict(guess_tokens=3), dict(guess_dim=0, n_generators=2),
     dict(subspace_of='kv'), dict(ONE, subspace_of='kv'),
-    dict(subspace_of='kv', wire_dtype='bf16', joint_kv=False, latent_dim_k=4, **EXACT),
+    dict(subspace_of='apart', wire_dtype='bf16', latent_dim_k=4, **EXACT),
     dict(keep=False, n_head=4, n_kv_head=2),
     dict(keep=False, n_kv_head=3, block_size=48, n_chunks=24),  # 3 chunks in a part of a shard
     dict(subspace='frozen', n_generators=2), {**PAPER, 'n_generators': 0},
@@ -240,8 +240,8 @@ def small_model(ring=None, seed=0, keep=True, **options):
     torch.manual_seed(seed)
     model, g = GPT(GPTConfig(**{**sizes, **options}), ring).double(), seeded(seed)
     model.loss_tokens = 5
-    for codec in model.codecs:
-        codec.keep = codec.keep and keep
+    for block in model.started:
+        block.attn.codec.keep = keep
     with torch.no_grad():
         for name, p in model.named_parameters():
             if 'codec' in name and p.requires_grad:
@@ -356,8 +356,8 @@ def check_meter_equals_formula(ring):
         # 7 numbers of 4 bits and a scale, 4 theta and theirs
         'int4 mixture': (dict(n_layer=3, wire_dtype='int4'), *((4 + 2 + 2 + 2) * T,) * 2),
         # 2 + 5 numbers of 4 bits and two scales; 7 of bf16
-        'apart': (dict(ONE, subspace_of='kv', joint_kv=False, wire_dtype='int4',
-                       grad_wire_dtype='bf16'), (1 + 2 + 3 + 2) * T, 7 * 2 * T),
+        'apart': (dict(ONE, subspace_of='apart', wire_dtype='int4', grad_wire_dtype='bf16'),
+                  (1 + 2 + 3 + 2) * T, 7 * 2 * T),
         'paper': ({**PAPER, 'n_generators': 2, 'latent_dim': 6},
                   *(2 * 3 * T * 8 + 2 * 2 * c * 8,) * 2)}
 
@@ -492,7 +492,7 @@ def test_rotation(norm, k):
     The paper's: generators skew-symmetric and of norm 1, so that U(theta) is within |M|^3 / 6 of
     the exponential's, where U_0 is not. theta is that of a chunk's mean, clipped.
     """
-    codec = mixture(**{**PAPER, 'joint_kv': True, 'n_generators': k, 'generator_norm': norm})
+    codec = mixture(**{**PAPER, 'subspace_of': 'kv', 'n_generators': k, 'generator_norm': norm})
     U, theta = codec.E[0].detach(), torch.rand(1, 5, k, generator=seeded(0)).double() - 0.5
     # A is not kept: find it from what it does to a basis of the whole space
     A = codec.family(torch.eye(32, dtype=torch.float64))[:, 1:k + 1].transpose(0, 1)
@@ -511,7 +511,7 @@ def test_rotation(norm, k):
     assert_close(codec.theta(Z, psi)[0, 1, 0], Z[0, 4:].mean(0).sum(), 'theta')
 
 
-@pytest.mark.parametrize('of', mos_cp.CHOICES['subspace_of'])
+@pytest.mark.parametrize('of', ('input', 'kv'))
 def test_formulas(of):
     """compress and expand are what the docstring says, token by token, and so is their autograd."""
     codec, g = mixture(n_generators=3, guess_dim=4, vocab_size=50, subspace_of=of), seeded(0)
@@ -579,7 +579,7 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
             assert (theta.mean(dim=(0, 1)) > 0.04).all() and theta.max() < 0.2
         return relative_error(codec.expand(payload, tokens, weights), kv)
     for options in (dict(latent_dim=6), dict(subspace_of='kv', latent_dim=6),
-                    dict(subspace_of='kv', latent_dim=12, joint_kv=False, latent_dim_k=6)):
+                    dict(subspace_of='apart', latent_dim=12, latent_dim_k=6)):
         errors, mixed = ([left(**options, guess_dim=m, n_generators=k) for m in (0, 8, 99)]
                          for k in (0, 4))
         assert errors[0] > 1.5 * errors[1] > 15 * errors[2] and errors[2] < 0.01, (options, errors)
@@ -599,7 +599,7 @@ def test_bottleneck():
 def test_codecs_of_a_model():
     """No two layers or seeds share a codec's weights; the last layer may send all, as it is."""
     models = (small_model(seed=seed, **PAPER) for seed in (0, 1))
-    Us = [U for m in models for codec in m.codecs for U in codec.E]
+    Us = [U for m in models for block in m.started for U in block.attn.codec.E]
     assert all(a.shape != b.shape or not torch.equal(a[:, j], b[:, j])
                for a, b in itertools.combinations(Us, 2) for j in (0, 1))
     model = small_model(n_layer=3, compress_last=False, wire_dtype='int4')
@@ -663,7 +663,7 @@ def test_exact_local_and_unplugged_models_are_exact():
         assert not missing and all('codec' in name for name in unexpected)
 
 
-@pytest.mark.parametrize('of', mos_cp.CHOICES['subspace_of'])
+@pytest.mark.parametrize('of', ('input', 'kv'))
 def test_as_many_numbers_as_there_are_lose_nothing(of):
     """A codec of all 32 directions of keys and values, started from these tokens, rebuilds them."""
     expected = small_model(send='full')(IDX)[0]
@@ -842,7 +842,7 @@ def test_more_files_than_descriptors(tmp_path, most):
     ('--latent_dim=0', r'latent_dim \(0\) must be at least 1'), ('--beta2=1', r'beta2 \(1.0\)'),
     ('--n_kv_head=1 --latent_dim=65', r'1 and 64 numbers'),
     ('--latent_dim=129', r'\(129\) must leave each subspace between 1 and 128 numbers, and one'),
-    ('--subspace_of=kv --joint_kv=False --latent_dim_k=36',
+    ('--subspace_of=apart --latent_dim_k=36',
      r'dim \(36\) must .* between 1 and 128 .* one has 0'),
     ('--compress_last=False --n_layer=1', 'leaves nothing to compress when n_layer is 1'),
     ('--block_size=eight', "--block_size: invalid int value: 'eight'"),
@@ -1093,7 +1093,7 @@ def test_dtype_and_optimizer_options(tmp_path, reference_run):
     assert records[11]['loss'] > records[0]['loss'] - 0.1
     argv = '--warm_start=0', '--max_iters=1', '--weight_decay=0'
     runs = [small_run(tmp_path, *argv, f'--codec_lr={x}') for x in (0, 0.5)]
-    still, moved = (run['model'].codecs[0].E[0] for run in runs)
+    still, moved = (run['model'].started[0].attn.codec.E[0] for run in runs)
     step = (moved - still).abs().max().item() / runs[0]['records'][0]['lr']
     assert abs(step - 0.5) < 1e-3  # AdamW's first is the learning rate
 
@@ -1426,7 +1426,8 @@ def test_bad_checkpoints_are_refused(reference_run, tmp_path):
 SOMETIMES = {
     'n_kv_head': (1, 2), 'wire_dtype': ('compute', 'bf16', 'int8', 'int4'),
     'grad_wire_dtype': ('compute', 'compute', 'int8', 'int4'), 'exact_local': (True, False),
-    'joint_kv': (True, False), 'subspace': ('frozen', 'learned'), 'latent_dim_k': (1, 2, 30),
+    'subspace_of': ('input', 'kv', 'apart'), 'subspace': ('frozen', 'learned'),
+    'latent_dim_k': (1, 2, 30),
     'theta': ('token', 'chunk'), 'guess_dim': (0, 3, 256), 'n_generators': (0, 1, 2),
     'generator_norm': ('frobenius', 'spectral'), 'theta_max': (0.2, 0.5),
     'topk': (0.05, 0.5, 1.0), 'compress_last': (True, False), 'unplug_at': (0, 1),

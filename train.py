@@ -102,8 +102,8 @@ PRESETS = {
 
 METHODS = {
     'ours': {},
-    'paper': dict(theta='chunk', n_generators=1, subspace='frozen', subspace_of='kv', guess_dim=0,
-                  joint_kv=False, exact_local=False, generator_norm='frobenius', theta_max=0.5,
+    'paper': dict(theta='chunk', n_generators=1, subspace='frozen', subspace_of='apart',
+                  guess_dim=0, exact_local=False, generator_norm='frobenius', theta_max=0.5,
                   wire_dtype='compute', compress_last=False, warm_send='full',
                   warm_basis='weights', codec_lr=1.0),
 }
@@ -611,13 +611,14 @@ def start_codecs(c, model, batches, world, iter_num):
     moments = [sum(several) for several in zip(*moments)]
     average(moments, world.ring)
     model.start_codecs(moments)
-    world.broadcast([p for codec in model.codecs for p in codec.parameters()], 'the first codecs')
+    world.broadcast([p for block in model.started for p in block.attn.codec.parameters()],
+                    'the first codecs')
 
 
 def change_send(c, model, batches, world, iter_num):
     """Bring the model to what it sends from now on -> a function (idx, targets) -> loss."""
     before, now = model.sends, sends_at(iter_num, c)
-    if before != 'codec' and now == 'codec' and model.codecs:
+    if before != 'codec' and now == 'codec' and model.started:
         start_codecs(c, model, batches, world, iter_num)
     model.set_send(now)
     n = 2 * model.config.n_kv_head * model.config.head_dim
