@@ -93,44 +93,45 @@ def visible(span, T, rank, source):
 # -----------------------------------------------------------------------------
 # Ring attention
 
-def attend(ring, q, k, v, payload, codec, params, table, tokens, span):
+def attend(ring, q, k, v, payload, codec, weights, table, tokens, span):
     """
     Causal attention of this rank's queries over the keys and values of the whole ring (Liu et al.
-    2023), where what travels is a payload that a codec turns into keys and values.
+    2023), where what travels is a payload that a codec turns into keys and values, from every rank
+    straight to every other one.
 
     q: (B, T, H, hd), k, v: (B, T, Hkv, hd): this rank's T tokens, q and k with RoPE.
-    payload: tuple of tensors (B, S, ...), S any divisor of T, the same shapes on every rank: a
-        token's numbers, a chunk's numbers. Floating-point ones get gradients.
+    payload: tuple of tensors (B, S, ...), S = T for a token's numbers, or the number of chunks for
+        a chunk's; the same shapes on every rank. Floating-point ones get gradients.
     codec: what stands behind the payload; None: nothing is sent.
         .pack(payload) -> the tensors that travel, .unpack(those, sizes, dtype) -> payload: a lossy
             last step whose gradient is the identity. With gradient=True, the same for gradients.
-        .expand(payload, tokens, params) -> (B, S, 2, Hkv, hd), keys before RoPE and values, of any
-            first part of a shard. tokens: (B, S, ...), that part's token numbers, or None.
+        .expand(payload, tokens, weights) -> (B, n, 2, Hkv, hd), contiguous in B and n: keys before
+            RoPE and values, of a whole shard or of its front half, n tokens: (B, n, ...), or None.
         .keep: hold what has arrived until backward instead of sending it a second time. Right for a
             small payload; uncompressed it would undo the memory saving of context parallelism.
-    params: the tensors that `expand` uses, for every shard this rank's own. They get the gradient
-        of this rank's queries: sum over ranks, as for any weight.
+    weights: the tensors that `expand` uses, this rank's own for every shard. They get the gradient
+        of this rank's queries: average over ranks, as for any weight.
     table: (world_size, T, 2, hd): `kernels.rope_table` at the positions of every rank's tokens.
     tokens: (world_size, B, T, ...) int64, of every rank's tokens in its local order, or None.
     span: within pieces of so many tokens queries see k and v as they are; all else comes through
         the codec, also what lies on this rank. 0: everything comes through the codec.
     Returns (B, T, H, hd) in q's dtype. Accumulates in float32 at least.
     """
-    T, calls = q.shape[1], functools.partial(visible, span, q.shape[1], ring.rank)
+    T, calls_for = q.shape[1], functools.partial(visible, span, q.shape[1], ring.rank)
 
-    def rebuild(payload, params, source):
+    def rebuild(payload, weights, source):
         n_tokens = T // (2 if source < ring.rank else 1)  # any query here sees no more
         theirs = None if tokens is None else tokens[source]
-        return _rebuild(codec, payload, theirs, params, table[source], n_tokens)
-    return _Attend.apply(ring, codec, calls, rebuild, [t.shape[-1] for t in payload],
-                         q, k, v, *payload, *params)
+        return _rebuild(codec, payload, theirs, weights, table[source], n_tokens)
+    return _Attend.apply(ring, codec, calls_for, rebuild, [t.shape[-1] for t in payload],
+                         q, k, v, *payload, *weights)
 
 
 @kernels.fused
-def _rebuild(codec, payload, tokens, params, table, n_tokens):
+def _rebuild(codec, payload, tokens, weights, table, n_tokens):
     """-> keys with RoPE and values (B, n_tokens, Hkv, hd) of the first tokens of a shard."""
     part = [t[:, :t.shape[1] * n_tokens // len(table)] for t in payload]
-    kv = codec.expand(part, None if tokens is None else tokens[:, :n_tokens], params)
+    kv = codec.expand(part, None if tokens is None else tokens[:, :n_tokens], weights)
     return kernels.rope(kv[:, :, 0], table[:n_tokens]), kv[:, :, 1]
 
 
@@ -154,29 +155,29 @@ class _Attend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, ring, codec, calls, rebuild, sizes, q, k, v, *tensors):
-        payload, params = tensors[:len(sizes)], tensors[len(sizes):]
-        ctx.given = ring, codec, calls, rebuild, sizes
+    def forward(ctx, ring, codec, calls_for, rebuild, sizes, q, k, v, *tensors):
+        payload, weights = tensors[:len(sizes)], tensors[len(sizes):]
+        ctx.given = ring, codec, calls_for, rebuild, sizes
         ctx.floating = [t.is_floating_point() for t in payload]
         ctx.compiling = kernels.is_compiling()  # another thread runs the backward pass
         own, arriving, ctx.shards, out, lse = [], [], [], None, None
         with torch.autocast(q.device.type, enabled=False):
-            # 1. Our payload leaves for all other ranks, and theirs are under way to us.
+            # 1. Our payload leaves, and theirs are under way to us (at once, if we keep them all).
             if codec:
                 wire = codec.pack([t.detach() for t in payload])
                 own, arriving = [(ring.rank, wire)], ring.circulate(wire, 'fwd', codec.keep)
             # 2. Meanwhile our queries attend to our own keys and values as they are,
-            if exact := calls(None):
+            if exact := calls_for(None):
                 out, lse = kernels.shard_forward(q, k, v, exact)
             # 3. and to those rebuilt from each payload, our own first.
             for source, wire in chain(own, arriving):
-                if source == ring.rank or codec.keep:
+                if source == ring.rank or codec.keep:  # for backward
                     ctx.shards.append((source, wire))
-                if seen := calls(source):
-                    rebuilt = rebuild(codec.unpack(wire, sizes, q.dtype), params, source)
+                if seen := calls_for(source):
+                    rebuilt = rebuild(codec.unpack(wire, sizes, q.dtype), weights, source)
                     out, lse = kernels.shard_forward(q, *rebuilt, seen, out, lse)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, *params)
+        ctx.save_for_backward(q, k, v, out, lse, *weights)
         return out
 
     @staticmethod
@@ -184,49 +185,51 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, dout):
         if ctx.shards is None:
             raise RuntimeError('a second backward through ring attention: what arrived is gone')
-        ring, codec, calls, rebuild, sizes = ctx.given
-        q, k, v, out, lse, *params = ctx.saved_tensors
-        # leaves of a small graph for each shard, all of which add to their .grad
-        params = [p.detach().requires_grad_(p.requires_grad) for p in params]
+        ring, codec, calls_for, rebuild, sizes = ctx.given
+        of_gradient = [size for size, floating in zip(sizes, ctx.floating) if floating]
+        q, k, v, out, lse, *weights = ctx.saved_tensors
+        # copies, whose .grad adds up over the shards: each has a small graph of its own
+        weights = [p.detach().requires_grad_(p.requires_grad) for p in weights]
         dout, dq, dk, dv = dout.contiguous(), None, None, None
         dpayload, sum_dtype = None, kernels.accumulation_dtype(q.dtype)  # of our own payload
-        coming = deque()  # the other ranks' shares of it
+        coming = deque()  # the shares of it, ours and the other ranks'
         with torch.autocast(q.device.type, enabled=False), kernels.compiling(ctx.compiling):
             # 1. The payloads: those that were too large to keep travel a second time.
             own, others = ctx.shards[:1], ctx.shards[1:]
             if codec and not codec.keep:
                 others = ring.circulate(own[0][1], 'bwd', False)
             # 2. Meanwhile attention to our own keys and values as they are: dQ, dK, dV.
-            if exact := calls(None):
+            if exact := calls_for(None):
                 dq, dk, dv = kernels.shard_backward(dout, q, k, v, out, lse, exact)
-            # Then shard by shard. Our own comes last: it hides the way of the last gradient.
+            # Then shard by shard, all ranks in the same order of hops, so that exchanges meet. Our
+            # own comes last: computing it hides the last gradient's way.
             for source, wire in chain(others, own):
-                if not (seen := calls(source)):
+                if not (seen := calls_for(source)):  # our own, all of it exact
                     continue
-                # 3. Its K and V once more, now as a graph from its payload and the params.
+                # 3. Its K and V once more, now as a graph from its payload and the weights.
                 payload = [t.detach().requires_grad_(t.is_floating_point())
                            for t in codec.unpack(wire, sizes, q.dtype)]
                 with torch.enable_grad():
-                    keys, values = rebuild(payload, params, source)
+                    keys, values = rebuild(payload, weights, source)
                 # 4. Attention to it: its share of our dQ, our queries' share of its dK and dV.
                 dq, dkeys, dvalues = kernels.shard_backward(
                     dout, q, keys.detach(), values.detach(), out, lse, seen, dq)
-                # 5. From dK and dV through `expand` to the gradients of its payload and the params.
+                # 5. From dK and dV through `expand` to the gradients of its payload and weights.
                 torch.autograd.backward((keys, values), (dkeys, dvalues))
                 sent = codec.pack([t.grad for t in payload if t.requires_grad], gradient=True)
                 # 6. The payload's goes home, h ranks on, and ours comes from h ranks back. Our own
-                #    share is rounded as if it had travelled: few ranks have the noise of many.
+                #    share is rounded too, so that the noise does not depend on the number of ranks.
                 h = source - ring.rank
                 coming.append(ring.exchange(sent, h, 'bwd') if h else lambda own=sent: own)
-                if len(coming) > 1 and not codec.keep:
-                    dpayload = _add_up(codec, dpayload, coming.popleft()(), sizes, sum_dtype)
-            # 7. Add up what comes home. (The params' gradients stay: each rank has its share.)
+                if len(coming) > 1 and not codec.keep:  # large ones: hold one at a time
+                    dpayload = _add_up(codec, dpayload, coming.popleft()(), of_gradient, sum_dtype)
+            # 7. Add up what comes home. (The weights' gradients stay: each rank has its share.)
             for wait in coming:
-                dpayload = _add_up(codec, dpayload, wait(), sizes, sum_dtype)
+                dpayload = _add_up(codec, dpayload, wait(), of_gradient, sum_dtype)
         ctx.shards, dpayload = None, iter(dpayload or [])  # autograd may hold ctx for longer
         return (*5 * [None], dq.to(q.dtype), dk, dv,
                 *(next(dpayload, None) if f else None for f in ctx.floating),
-                *(p.grad for p in params))
+                *(p.grad for p in weights))
 
 
 # -----------------------------------------------------------------------------
@@ -431,7 +434,7 @@ class _Uncompressed:
     keep = False
     pack = staticmethod(lambda tensors, gradient=False: list(tensors))
     unpack = staticmethod(lambda wire, sizes, dtype, gradient=False: list(wire))
-    expand = staticmethod(lambda payload, tokens, params: payload[0])
+    expand = staticmethod(lambda payload, tokens, weights: payload[0])
 
 
 def _milliseconds(f, n, as_graph=False):

@@ -198,14 +198,15 @@ def test_only_a_lost_peer_is_a_peer_error():
 # What models send
 
 class First(mos_cp.Full):
-    """What a reader would write first: 4 numbers of each key and value. Rounded like the rest."""
+    """What a reader would write first: 4 numbers of each key and value, and an integer."""
     keep = True
 
     def compress(self, x, kv, tokens, weights):
-        return (kv[..., :4],)
+        return tokens[..., :1], kv[..., :4]
 
     def expand(self, payload, tokens, weights):
-        return F.pad(payload[0], (0, self.shape[-1] - 4))
+        assert torch.equal(payload[0], tokens[..., :1])
+        return F.pad(payload[1], (0, self.shape[-1] - 4))
 
 
 mos_cp.CODECS['first'] = First
@@ -351,6 +352,8 @@ def check_meter_equals_formula(ring):
         'topk': (dict(send='topk', topk=0.3), 2 * 5 * T * (8 + 2), 2 * 5 * T * 8),
         'int4': (dict(send='full', wire_dtype='int4', grad_wire_dtype='int8'),
                  2 * (d // 2 + 2) * T, 2 * (d // 2 + 2) * T + 2 * (d + 2) * T),
+        'first': (dict(send='first', wire_dtype='int4', grad_wire_dtype='int8'),
+                  (8 + 2 * (2 + 2)) * T, 2 * (4 + 2) * T),
         # in two of three layers: the first one's keys and values are known
         'mixture': (dict(n_layer=3, n_generators=4), (7 + 4) * T * 8, (7 + 4) * T * 8),
         # 7 numbers of 4 bits and a scale, 4 theta and theirs
