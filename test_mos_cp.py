@@ -352,8 +352,7 @@ def check_meter_equals_formula(ring):
         'topk': (dict(send='topk', topk=0.3), 2 * 5 * T * (8 + 2), 2 * 5 * T * 8),
         'int4': (dict(send='full', wire_dtype='int4', grad_wire_dtype='int8'),
                  2 * (d // 2 + 2) * T, 2 * (d // 2 + 2) * T + 2 * (d + 2) * T),
-        'first': (dict(send='first', wire_dtype='int4', grad_wire_dtype='int8'),
-                  (8 + 2 * (2 + 2)) * T, 2 * (4 + 2) * T),
+        'first': (dict(send='first', wire_dtype='int4'), (8 + 2 * 4) * T, 2 * 4 * T),
         # in two of three layers: the first one's keys and values are known
         'mixture': (dict(n_layer=3, n_generators=4), (7 + 4) * T * 8, (7 + 4) * T * 8),
         # 7 numbers of 4 bits and a scale, 4 theta and theirs
