@@ -33,7 +33,8 @@ from ring import Ring, attend, positions
 
 # -----------------------------------------------------------------------------
 # What crosses the wire. A codec turns a layer's keys and values kv (B, T, 2, Hkv, hd), keys before
-# RoPE, into a payload, a tuple of tensors (B, T, ...) or (B, chunks, ...), and back.
+# RoPE, into a payload, a tuple of tensors (B, T, ...) or (B, chunks, ...), and back. Every rank
+# knows all tokens, and has the same weights.
 
 class Full(nn.Module):
     """
@@ -41,7 +42,7 @@ class Full(nn.Module):
     `expand`, `weights` if it learns something, and an entry in CODECS: rounding to fewer bits, and
     gradients across the wire, come for free.
     """
-    keep = False  # hold what arrived until backward? Too large: it is sent a second time
+    keep = False  # hold what arrived until backward: if it is small. Else it is sent again then
 
     def __init__(self, config, layer):
         super().__init__()
@@ -50,29 +51,28 @@ class Full(nn.Module):
 
     def weights(self, embedding, norm, c_kv):
         """
-        The tensors that `compress` and `expand` use, made once a step: from parameters, from the
-        embedding (vocab_size, n_embd), and from the layer's own norm and c_kv, with which its input
-        x has keys and values c_kv(norm(x)). Reached any other way in `expand`, they get no
-        gradient.
+        The tensors that `expand` needs, made once a step: of parameters, the embedding (vocab_size,
+        n_embd), and the layer's own norm and c_kv, with which an input h has keys and values
+        c_kv(norm(h)). A parameter that `expand` reads from self gets no gradient.
         """
         return ()
 
     def compress(self, x, kv, tokens, weights):
         """
-        x (B, T, n_embd), the layer's normed input, and its kv = c_kv(x) (B, T, 2, Hkv, hd) ->
-        payload. tokens (B, T, guess_tokens): each, and those before it.
+        x = norm(h) (B, T, n_embd) and kv = c_kv(x) (B, T, 2, Hkv, hd) -> payload. Of the tokens
+        (B, T, guess_tokens) the j-th is the one j places before.
         """
         return (kv,)
 
     def expand(self, payload, tokens, weights):
-        """The payload of tokens (B, T, guess_tokens), the first ones of any rank -> kv"""
+        """The payload of some rank's T tokens, a shard or its front half -> kv, contiguous."""
         return payload[0]
 
     @kernels.fused
     def pack(self, tensors, gradient=False):
         """
-        The payload, or the gradient of its floating-point tensors, as it travels. Integers have one
-        scale for each row, which is the last dimension: a head of full keys and values, the latent
+        The payload, or the gradient of its floating-point tensors, as it travels. int8 and int4
+        have one scale for each row, which is the last dimension: a head of full keys and values, z
         of a token. A gradient is rounded stochastically: nothing is lost on average.
         """
         dtype = self.grad_wire_dtype if gradient else self.wire_dtype
@@ -97,35 +97,36 @@ class Full(nn.Module):
         return [restored(t, size) for t, size in zip(wire, sizes)]
 
     def wire_bytes(self, x, kv, tokens, weights):
-        """Bytes that kv, on the meta device, costs a rank it travels to: (forward, backward)."""
+        """Bytes to one other rank: forward; backward, with what is not kept a second time."""
         payload = self.compress(x, kv, tokens, weights)
         fwd = sum(t.nbytes for t in self.pack(payload))
         gradient = [t for t in payload if t.is_floating_point()]
         bwd = sum(t.nbytes for t in self.pack(gradient, gradient=True))
-        return fwd, bwd if self.keep else fwd + bwd
+        return fwd, (bwd if self.keep else fwd + bwd)
 
 
 class Mixture(Full):
     """
-    What the words do not say, in a subspace that the token chooses. Of a token whose key and value
-    are [K, V] = W x (W: the layer's c_kv, x: its normed input, in R^n):
+    What the tokens do not say, in a subspace that each chooses. Of a token whose key and value are
+    [K, V] = W x (W: the layer's c_kv, x: its normed input, in R^n):
 
-        guess    g = A t + b                            t = W_in e, e: embeddings of it and the
-                                                        token before
+        guess    g = A t + b                            t = sum_j W_in_j e_j, e_j: normed embedding
+                                                        of the token j places before
         mixture  theta = c tanh(psi (x - g))            k numbers (n_generators), c = theta_max
                  E(theta) = E_0 + sum_l theta_l E_l     each E_l: (n, r), r numbers (latent_dim);
                                                         D(theta) likewise
-        send     z = E(theta)^T (x - g), and theta      in 4 bits each, say
+        send     z = E(theta)^T (x - g), and theta      rounded to 4 bits, unless told otherwise
         rebuild  [K, V] = W (g + D(theta) z) + B t
 
-    Every rank has W and knows every token, so the guess costs no byte, what is rebuilt moves with W
-    as W learns, and W learns from all ranks' queries. Nothing looks at later tokens. All letters
-    but c are learned (W_in, A and B of rank guess_dim); k = 0 is one learned subspace.
+    Every rank has W and knows every token. So the guess costs no byte, and what is rebuilt moves
+    with W as W learns. W gets gradients from every rebuilt key and value too. Nothing looks at
+    later tokens. W_in, A (of rank guess_dim), b, B, psi, E_l and D_l are learned; k = 0 is one
+    learned subspace.
 
-    subspace_of = 'kv': the same of [K, V] itself, with E = D = U, no W and no B. The paper
-    (Algorithm 1) is this with other choices: K and V apart; no guess; theta of a chunk's mean,
-    clipped; U(theta) = (I + M + M^2 / 2) U_0 with M = sum_l theta_l G_l and frozen U_0 and
-    skew-symmetric G_l: to second order, a rotation of U_0.
+    subspace_of = 'kv': the same of [K, V] itself, with D = E, no W and no B. The paper (Algorithm
+    1) is this with other choices: K and V apart; no guess; theta of a chunk's mean, clipped;
+    E(theta) = (I + M + M^2 / 2) E_0 with M = sum_l theta_l G_l and frozen E_0 and skew-symmetric
+    G_l: to second order, a rotation of E_0.
     """
     keep = True
 
@@ -136,13 +137,13 @@ class Mixture(Full):
         # random numbers of its own: the initial weights must not depend on what is sent
         self.seed = (torch.initial_seed() * 1000 + layer) % 2**63
         rng = torch.Generator().manual_seed(self.seed)
-        # one each, or of K and of V; D is empty where it is E
+        # an item for each of config.subspaces; no D where it is E
         self.E, self.D, self.psi = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         for n, r in config.subspaces:
-            U_0 = self.family(torch.linalg.qr(torch.randn(n, r, generator=rng))[0])
-            self.E.append(nn.Parameter(U_0, requires_grad=not self.frozen))
+            E = self.family(torch.linalg.qr(torch.randn(n, r, generator=rng))[0])
+            self.E.append(nn.Parameter(E, requires_grad=not self.frozen))
             if self.of_input:
-                self.D.append(nn.Parameter(U_0.clone(), requires_grad=not self.frozen))
+                self.D.append(nn.Parameter(E.clone(), requires_grad=not self.frozen))
             if k := config.n_generators:
                 self.psi.append(nn.Parameter(0.02 * torch.randn(k, n, generator=rng)))
         n, width = sum(map(len, self.E)), 2 * config.n_kv_head * config.head_dim
@@ -153,48 +154,48 @@ class Mixture(Full):
             if self.of_input:
                 self.B = nn.Parameter(torch.zeros(width, m))
 
-    def family(self, U_0):
+    def family(self, E_0):
         """
-        U_0 (n, r) and the matrices mixed into it -> (n, J, r). Learned ones, J = 1 + k, begin at 0:
-        a mixture begins as the one subspace it contains. Frozen: G_l U_0 and G_l G_m U_0 / 2.
+        E_0 (n, r) and the matrices mixed into it -> (n, J, r). Learned ones, J = 1 + k, begin at 0:
+        a mixture begins as the one subspace it contains. Frozen: G_l E_0 and G_l G_m E_0 / 2, J =
+        1 + k + k^2; the same G whenever this is called.
         """
-        k, (n, _) = self.config.n_generators, U_0.shape
+        k, (n, _) = self.config.n_generators, E_0.shape
         if k == 0 or not self.frozen:
-            return F.pad(U_0[:, None], (0, 0, 0, k))
-        S = torch.randn(k, n, n, generator=torch.Generator().manual_seed(self.seed)).to(U_0)
+            return F.pad(E_0[:, None], (0, 0, 0, k))
+        S = torch.randn(k, n, n, generator=torch.Generator().manual_seed(self.seed)).to(E_0)
         order = 'fro' if self.config.generator_norm == 'frobenius' else 2
         G = (S - S.mT) / torch.linalg.matrix_norm(S - S.mT, order, keepdim=True)
-        first = torch.einsum('lde,er->dlr', G, U_0)
+        first = torch.einsum('lde,er->dlr', G, E_0)
         second = torch.einsum('lde,emr->dlmr', G, first).flatten(1, 2) / 2
-        return torch.cat((U_0[:, None], first, second), dim=1)
+        return torch.cat((E_0[:, None], first, second), dim=1)
 
     def weights(self, embedding, norm, c_kv):
-        guess, matrices = (), tuple(self.E)
-        if self.guess_dim:  # a table: of each word guess_dim numbers for each place
-            table = F.linear(norm(embedding), self.W_in.flatten(0, 1))
-            guess = table, self.A, self.b
+        W, decoders = c_kv.weight, tuple(self.D if self.of_input else self.E)
         if self.of_input:  # W (A t + b + D z) + B t = (W A + B) t + W b + (W D) z
-            W, matrices = c_kv.weight, tuple(self.D)
-            matrices = tuple((W @ D.flatten(1)).unflatten(1, D.shape[1:]) for D in matrices)
-            if self.guess_dim:
-                guess = table, W @ self.A + self.B, W @ self.b
-        return guess + matrices
+            decoders = tuple((W @ D.flatten(1)).unflatten(1, D.shape[1:]) for D in decoders)
+        if not self.guess_dim:
+            return decoders
+        # guess_dim numbers for a word as this token, as many for it as the one before, ...
+        table = F.linear(norm(embedding), self.W_in.flatten(0, 1))
+        A, b = (W @ self.A + self.B, W @ self.b) if self.of_input else (self.A, self.b)
+        return table, A, b, *decoders
 
     def guess(self, tokens, table, A, b):
         """A t + b of tokens (B, T, guess_tokens) -> (B, T, len(b))"""
-        n = tokens.shape[-1]
-        rows = tokens * n + torch.arange(n, device=tokens.device)  # a word in its place
+        places = tokens.shape[-1]
+        rows = tokens * places + torch.arange(places, device=tokens.device)
         return F.embedding(rows, table.view(-1, self.guess_dim)).sum(dim=2) @ A.mT + b
 
     def theta(self, Z, psi):
-        """Z (B, T, D) -> (B, T, k), or of each chunk (B, chunks, k)"""
+        """Z (B, T, n) -> (B, T, k), or of each chunk (B, chunks, k)"""
         if self.config.theta == 'chunk':
             Z = Z.unflatten(1, (-1, self.config.chunk_size)).mean(dim=2)
         theta, largest = F.linear(Z, psi).to(Z.dtype), self.config.theta_max
         return theta.clamp(-largest, largest) if self.frozen else largest * theta.tanh()
 
     def mix(self, theta, T):
-        """theta -> how much of each of the J matrices is in U(theta): (B, T, J, 1)"""
+        """theta -> how much of each of the J matrices is in E(theta), D(theta): (B, T, J, 1)"""
         theta = theta.repeat_interleave(T // theta.shape[1], dim=1)
         parts = [torch.ones_like(theta[..., :1]), theta]
         if self.frozen:
@@ -202,8 +203,8 @@ class Mixture(Full):
         return torch.cat(parts, dim=-1).unsqueeze(-1)
 
     def compress(self, x, kv, tokens, weights):
-        rest, zs, thetas = x if self.of_input else kv.flatten(2), [], []  # (B, T, n)
-        if self.guess_dim:
+        rest, zs, thetas = (x if self.of_input else kv.flatten(2)), [], []  # (B, T, n)
+        if self.guess_dim:  # that of x; weights[1:3] make that of [K, V]
             guess = (w.to(rest.dtype) for w in (weights[0], self.A, self.b))
             rest = rest - self.guess(tokens, *guess)
         for i, (Z, E) in enumerate(zip(rest.split([len(E) for E in self.E], dim=-1), self.E)):
@@ -216,10 +217,11 @@ class Mixture(Full):
         return *zs, *thetas
 
     def expand(self, payload, tokens, weights):
-        n, rebuilt = len(self.E), []
-        for i, (z, D) in enumerate(zip(payload, weights[-n:])):
-            if len(payload) > n:  # theta came too
-                z = (self.mix(payload[n + i], z.shape[1]) * z.unsqueeze(2)).flatten(2)
+        several, rebuilt = len(self.E), []
+        zs, thetas = payload[:several], payload[several:] or several * [None]
+        for z, theta, D in zip(zs, thetas, weights[-several:]):
+            if theta is not None:
+                z = (self.mix(theta, z.shape[1]) * z.unsqueeze(2)).flatten(2)
             rebuilt.append(aligned(z) @ aligned(D.flatten(1)).to(z.dtype).mT)
         rebuilt = torch.cat(rebuilt, dim=-1)  # (B, T, 2 d)
         if self.guess_dim:
@@ -229,7 +231,7 @@ class Mixture(Full):
     @torch.no_grad()
     def start(self, moment, c_kv):
         """
-        From second moments of rows [x, e, 1] (`GPT.moments`): the guess becomes the regression of x
+        From C, sums of [x, e, 1]^T [x, e, 1] (`GPT.moments`): the guess becomes the regression of x
         on e, the subspace what is best for W of what that leaves. (Of kv: x is [K, V], and W is 1.)
         """
         C, n = moment.double(), sum(map(len, self.E))
@@ -239,15 +241,15 @@ class Mixture(Full):
             # 1. Ridge regression: R = argmin |x - R [e, 1]|^2 + 0.01 |e|^2 |R|^2
             ex, ee = C[n:, :n], C[n:, n:]
             ridge = torch.full_like(ee[0], 0.01 * ee.diagonal()[:-1].mean() + 1e-6)
-            ridge[-1] = 1e-6  # not of the mean
+            ridge[-1] = 1e-6  # the last column, b, is not made smaller
             R = torch.linalg.solve(ee + ridge.diag(), ex).T  # (n, guess_tokens * n_embd + 1)
-            # 2. The best of rank m
-            E, A = bottleneck(R @ ee @ R.T, W, m)
-            W_in = E.T @ R[:, :-1]
+            # 2. The m numbers that say most of R [e, 1] to W, and how
+            to_t, A = bottleneck(R @ ee @ R.T, W, m)
+            W_in = to_t.T @ R[:, :-1]
             self.A.copy_(A)
             self.b.copy_(R[:, -1])
             self.W_in.copy_(W_in.unflatten(1, (-1, self.config.n_embd)).transpose(0, 1))
-            # 3. Second moments of x - g
+            # 3. The same sums of x - g, where g = [A W_in, b] [e, 1]
             R = torch.cat((A @ W_in, R[:, -1:]), dim=1)
             left = left - R @ ex - (R @ ex).T + R @ ee @ R.T
         rng, begin = torch.Generator().manual_seed(self.seed), 0
@@ -259,16 +261,18 @@ class Mixture(Full):
             if self.of_input:
                 self.D[i].copy_(self.family(D))
             if len(self.psi) and not self.frozen:
-                # 4. A random psi by which psi (x - g) has variance 1: tanh bends, and is not flat
+                # 4. A new random psi: psi (x - g) has mean square 1, so tanh bends, and saturates
+                #    seldom. C[-1, -1] is the number of rows.
                 psi = torch.randn(self.psi[i].shape, generator=rng).to(M)
-                variance = torch.einsum('kd,de,ke->k', psi, M, psi) / C[-1, -1]  # over all rows
-                self.psi[i].copy_(psi / variance.clamp(min=1e-30).sqrt()[:, None])
+                square = torch.einsum('kd,de,ke->k', psi, M, psi) / C[-1, -1]
+                self.psi[i].copy_(psi / square.clamp(min=1e-30).sqrt()[:, None])
 
 
 def bottleneck(M, W, r):
     """
-    The best way of x, with second moment M (n, n), through r numbers: E and D (n, r) that minimise
-    the mean of |W (x - D E^T x)|^2, W (w, n). E is as large as an orthonormal one; for W = 1 it is.
+    How r numbers say most of x to W: E and D (n, r) that minimise the sum of |W (x - D E^T x)|^2
+    over x with sums of squares M = x^T x (n, n), W (w, n). |E| = sqrt(r), as if its columns were
+    orthonormal, which they are for W = 1.
     """
     # 1. W D E^T x is W x in its r principal directions V: so E^T x = V^T W x
     E = W.T @ principal_directions(W @ M @ W.T, r)
