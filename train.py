@@ -623,11 +623,12 @@ def change_send(c, model, batches, world, iter_num):
     model.set_send(now)
     n = 2 * model.config.n_kv_head * model.config.head_dim
     sends = c.send if model.sends == 'codec' else model.sends
+    codec = f'the codec {"starts" if iter_num == c.warm_start else "goes on"}'  # after a resume
     what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed',
-            'mixture': f'the codec starts, {c.latent_dim} of {n} numbers a token and layer'
+            'mixture': f'{codec}, {c.latent_dim} of {n} numbers a token and layer'
                        + f', theta of {c.n_generators}' * (c.n_generators > 0)
                        + '; none for the first layer' * (c.guess_dim > 0)}
-    world.tell(iter_num, what.get(sends, f'the codec starts: {sends}')
+    world.tell(iter_num, what.get(sends, f'{codec}: {sends}')
                + '; compiling ...' * c.compile)
     if c.compile and world.device.type == 'cuda' and not world.ring.link.dialled:
         with world.autocast:
