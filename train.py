@@ -527,12 +527,10 @@ class World:
 
 def learning_rate(it, c):
     """Linear warm-up, then cosine decay to min_lr (nanoGPT's schedule)."""
-    end = c.lr_decay_iters or c.max_iters
     if it < c.warmup_iters:
         return c.learning_rate * (it + 1) / (c.warmup_iters + 1)
-    if it >= end:
-        return c.min_lr
-    ratio = (it - c.warmup_iters) / max(1, end - c.warmup_iters)
+    end = c.lr_decay_iters or c.max_iters
+    ratio = (it - c.warmup_iters) / (end - c.warmup_iters) if it < end else 1
     return c.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (c.learning_rate - c.min_lr)
 
 
@@ -649,12 +647,10 @@ def take_step(c, optimizer, params, loss_of, batches, world, iter_num):
             micro_loss = loss_of(*batches.training(iter_num, micro)) / world.n_micro
         micro_loss.backward()
         loss += micro_loss.detach()
-    grads = [p.grad for p in params if p.grad is not None]
     if c.sync_every == 1:
-        world.average(grads)
-    grad_norm = torch.nn.utils.get_total_norm(grads)
+        world.average([p.grad for p in params if p.grad is not None])
+    grad_norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf)
     if math.isfinite(grad_norm):  # else the step is left out, and the data moves on
-        torch.nn.utils.clip_grads_with_norm_(params, c.grad_clip or math.inf, grad_norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if c.sync_every > 1 and (iter_num + 1 == c.max_iters or (iter_num + 1) % c.sync_every == 0):
