@@ -166,7 +166,8 @@ def parse_flags(argv):
 def parse_config(argv):
     """
     -> (the configuration, a Namespace; the checkpoint to resume from, or None). Flags given win
-    over --method, that over --preset; for a checkpoint see `resumed`. Raises ValueError.
+    over --method, that over --preset. Of a resumed run all is the checkpoint's, but what is given
+    and HERE_FLAGS. Raises ValueError.
     """
     given, checkpoint = parse_flags(argv), None
     config = {**DEFAULTS, **PRESETS[given.get('preset', 'tiny')],
@@ -180,19 +181,15 @@ def parse_config(argv):
     path = Path(config['out_dir'], 'ckpt.pt')
     if config['init_from'] == 'resume' or config['init_from'] == 'auto' and path.exists():
         checkpoint = load_checkpoint(path)
-        config = resumed(config, given, checkpoint['config'])
+        saved = checkpoint['config']
+        for name in {*MODEL_FLAGS, 'preset', 'method'} - set(HERE_FLAGS):
+            if given.get(name, saved[name]) != saved[name]:
+                raise ValueError(f'--{name}={given[name]} differs from the checkpoint, which has '
+                                 f'{saved[name]}')
+        config = {**saved, **{name: config[name] for name in (*given, *HERE_FLAGS)}}
     c = argparse.Namespace(**config)
     check_values(c)
     return c, checkpoint
-
-
-def resumed(config, given, saved):
-    """The checkpoint's configuration, but what is given, and HERE_FLAGS. Raises ValueError."""
-    for name in {*MODEL_FLAGS, 'preset', 'method'} - set(HERE_FLAGS):
-        if given.get(name, saved[name]) != saved[name]:
-            raise ValueError(f'--{name}={given[name]} differs from the checkpoint, which has '
-                             f'{saved[name]}')
-    return {**saved, **{name: config[name] for name in (*given, *HERE_FLAGS)}}
 
 
 def model_config(c):
