@@ -589,13 +589,20 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
 
 
 def test_bottleneck():
-    """No way of x through r numbers leaves less of W x than its principal directions do."""
-    g = seeded(0)
-    X, W = double(200, 8, generator=g) @ double(8, 8, generator=g), double(12, 8, generator=g)
-    E, D = mos_cp.bottleneck(X.T @ X, W, 3)
-    Y, best = X @ W.T, torch.linalg.svdvals(X @ W.T)[3:].norm()
-    assert_close((Y - X @ E @ D.T @ W.T).norm(), best, 'what is left', 1e-6)
-    assert_close(E.norm().square(), torch.tensor(3.0).double(), 'size')
+    """
+    No way of x through r numbers leaves less of W x than its principal directions do. These are
+    turned: numbers that share a scale are of one size. For W = 1 they are orthonormal.
+    """
+    g, one = seeded(0), torch.eye(8).double()
+    X = double(200, 8, generator=g) * 5.0 ** -torch.arange(8) @ double(8, 8, generator=g)
+    for W in (double(12, 8, generator=g), one):
+        E, D = mos_cp.bottleneck(X.T @ X, W, 3)
+        left, best = (X - X @ E @ D.T) @ W.T, torch.linalg.svdvals(X @ W.T)[3:].norm()
+        assert_close(left.norm(), best, 'what is left', 1e-6)
+        assert_close(E.norm().square(), 3 * one[0, 0], 'size')
+        shares = (X @ E).square().sum(0)
+        assert shares.max() < 0.9 * shares.sum()  # along the eigenvectors: above 0.93
+    assert_close(E.T @ E, one[:3, :3], 'E^T E', 1e-6)
 
 
 def test_codecs_of_a_model():
@@ -678,16 +685,6 @@ def test_as_many_numbers_as_there_are_lose_nothing(of):
             if name.endswith('codec.B'):
                 p.detach().zero_()
         assert_close(model(IDX)[0], expected, 'logits', 1e-6)
-
-
-def test_principal_directions():
-    """Of the right span, and turned: numbers that share a scale are of one size."""
-    turn = torch.linalg.qr(double(8, 8, generator=seeded(1)))[0]
-    z = double(64, 8, generator=seeded(0)) * 5.0 ** -torch.arange(8) @ turn
-    U, V = mos_cp.principal_directions(z.T @ z, 6), torch.linalg.svd(z)[2][:6].T
-    assert_close(U @ U.T, V @ V.T, 'projector', 1e-6)  # so U is orthonormal too
-    shares = (z @ U).square().sum(0)
-    assert shares.max() < 0.9 * shares.sum()  # along the eigenvectors: about 0.96
 
 
 def test_backward_of_a_ring_of_one(monkeypatch):
