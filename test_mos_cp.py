@@ -1183,10 +1183,6 @@ def test_resume_with_other_options(reference_run, tmp_path):
     torch.save(checkpoint, path)
     evaluated = resumed('--eval_only')['val_loss']
     assert evaluated == resumed('--max_iters=14')['records'][0]['val_loss'] != found
-    del checkpoint['config']['cp']
-    torch.save(checkpoint, path)
-    with pytest.raises(SystemExit, match='no checkpoint of this version of the code .*--cp'):
-        resumed()
 
 
 def end_at(rank, victim, function, mark, call, how):
@@ -1403,13 +1399,14 @@ def test_bad_checkpoints_are_refused(reference_run, tmp_path):
     whole, path = (reference_run[0] / 'ckpt.pt').read_bytes(), tmp_path / 'ckpt.pt'
     checkpoint = torch.load(reference_run[0] / 'ckpt.pt', weights_only=True)
     wrong = dict(checkpoint['model'], **{'wte.weight': torch.ones(256, 16)})
-    other = {k: v for k, v in checkpoint['config'].items() if k != 'cp'}  # of another version
+    other = {k: v for k, v in checkpoint['config'].items() if k != 'cp'}
     changes = ({'model': wrong}, {'model': {}}, {'optimizer': {}},
                {'optimizer': {'state': {}, 'param_groups': []}})
     for message, contents in (
             ('is damaged, or no checkpoint', (
                 whole[:len(whole) // 2], b'', b'something else', Path('code that must not run'),
-                torch.ones(3), {'model': {}}, {**checkpoint, 'config': other})),
+                torch.ones(3), {'model': {}})),
+            ('is .*no checkpoint of this version .*--cp', [{**checkpoint, 'config': other}]),
             ('does not fit the model', [{**checkpoint, **change} for change in changes])):
         for content in contents:
             torch.save(content, path)
