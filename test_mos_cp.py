@@ -965,21 +965,19 @@ def run_rank(rank, world_size, port, folder, argv, sabotage):
     train.main([f'--out_dir={folder}', *argv])
 
 
-def start_ranks(world_size, folder, *argv, sabotage=None):
-    """Processes of `run_rank`; sabotage: (function, *arguments), called as function(rank, ...)."""
+def run_ranks(n, folder, *argv, sabotage=None, victim=None):
+    """
+    n processes of `run_rank` -> exit codes and what was said. sabotage: (function, *arguments),
+    called as function(rank, ...). The victim, and who still runs after a minute, is killed.
+    """
     folder.mkdir(exist_ok=True)
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    ranks = [FORKS.Process(target=run_rank, args=(r, world_size, port, folder, argv, sabotage))
-             for r in range(world_size)]
+    ranks = [FORKS.Process(target=run_rank, args=(r, n, port, folder, argv, sabotage))
+             for r in range(n)]
     for process in ranks:
         process.start()
-    return ranks
-
-
-def end_ranks(ranks, folder, victim=None):
-    """-> exit codes and what was said. The victim, and who still runs after a minute, is killed."""
     until = time.monotonic() + 60
     for rank, process in enumerate(ranks):
         if rank != victim:  # the end of who is frozen must free nobody
@@ -987,12 +985,8 @@ def end_ranks(ranks, folder, victim=None):
     for process in ranks:
         process.kill()
         process.join()
-    said = [(folder / f'{rank}.txt').read_text() for rank in range(len(ranks))]
+    said = [(folder / f'{rank}.txt').read_text() for rank in range(n)]
     return [process.exitcode for process in ranks], said
-
-
-def run_ranks(n, folder, *argv, sabotage=None, victim=None):
-    return end_ranks(start_ranks(n, folder, *argv, sabotage=sabotage), folder, victim)
 
 
 @pytest.fixture(scope='module')
@@ -1460,13 +1454,14 @@ def test_fuzz(seed, tmp_path):
             '--sample_tokens=0', '--timeout_s=30', '--device=cpu',
             *(f'--{k}={v}' for k, v in flags.items())]
     many, one = tmp_path / 'many', tmp_path / 'one'
-    ranks = start_ranks(world_size, many, *argv)
-    try:
-        train.main([*argv, '--cp=1', f'--out_dir={one}'])
-        alone = losses(one)
-    except SystemExit as e:
-        alone = str(e)
-    (codes, said), what = end_ranks(ranks, many), f'seed {seed}: {world_size} ranks, {argv}'
+    with ThreadPoolExecutor() as other:
+        ranks = other.submit(run_ranks, world_size, many, *argv)
+        try:
+            train.main([*argv, '--cp=1', f'--out_dir={one}'])
+            alone = losses(one)
+        except SystemExit as e:
+            alone = str(e)
+    (codes, said), what = ranks.result(), f'seed {seed}: {world_size} ranks, {argv}'
     if any(codes):
         assert set(codes) == {1} and 'Traceback' not in ''.join(said), (what, codes, said)
         assert 'train.py: ' in said[0], (what, said)
