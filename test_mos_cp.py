@@ -215,15 +215,13 @@ ONE = dict(n_generators=0, guess_dim=0)  # one learned subspace
 PAPER = dict(subspace='frozen', subspace_of='apart', theta='chunk', n_generators=1, guess_dim=0,
              exact_local=False, theta_max=0.5)
 OPTIONS = [
-    dict(send='first', wire_dtype='int8', **EXACT),
+    dict(send='first', wire_dtype='int8', **EXACT), dict(send='full', wire_dtype='int4', **EXACT),
     dict(send='full'), dict(send='local'), dict(send='topk', topk=0.3),
-    dict(send='topk', exact_local=False), dict(send='full', wire_dtype='int4', **EXACT),
     dict(send='full', wire_dtype='int8', exact_local=False, n_head=4, n_kv_head=2, **EXACT),
     dict(send='topk', exact_local=False, wire_dtype='int8', **EXACT),
     dict(), dict(compress_last=False), dict(exact_local=False), dict(theta='chunk'), ONE,
     dict(recompute=True, n_generators=0), dict(wire_dtype='int4', **EXACT),
-    dict(guess_tokens=1), dict(guess_tokens=3), dict(guess_dim=0, n_generators=2),
-    dict(subspace_of='kv'), dict(ONE, subspace_of='kv'),
+    dict(guess_tokens=3), dict(guess_dim=0, n_generators=2), dict(subspace_of='kv'),
     dict(subspace_of='apart', wire_dtype='bf16', latent_dim_k=4, **EXACT),
     dict(keep=False, n_head=4, n_kv_head=2),
     dict(keep=False, n_kv_head=3, block_size=48, n_chunks=24),  # 3 chunks in a part of a shard
