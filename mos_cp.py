@@ -9,7 +9,7 @@ below).
     logits, loss = model(idx, targets)      # (B, T, vocab_size), mean cross-entropy
 
 With `GPT(config, Ring(group))` every rank makes the same call with the same sequences, computes the
-part that `ring.shard` gives it, and all together get the same numbers: they depend on
+part that `ring.shard` gives it, and all together get the same logits and loss: they depend on
 config.n_chunks, never on how many ranks share the chunks.
 
 `python mos_cp.py` times a training step with the codec and without.
@@ -34,7 +34,7 @@ from ring import Ring, attend, positions
 # -----------------------------------------------------------------------------
 # What crosses the wire. A codec turns a layer's keys and values kv (B, T, 2, Hkv, hd), keys before
 # RoPE, into a payload, a tuple of tensors (B, T, ...) or (B, chunks, ...), and back. Every rank
-# knows all tokens, and has the same weights.
+# knows all tokens, and has the same weights (with --sync_every, until they drift apart).
 
 class Full(nn.Module):
     """
@@ -42,7 +42,7 @@ class Full(nn.Module):
     `expand`, `weights` if it learns something, and an entry in CODECS: rounding to fewer bits, and
     gradients across the wire, come for free.
     """
-    keep = False  # hold what arrived until backward: if it is small. Else it is sent again then
+    keep = False  # True, for a small payload: hold it until backward. False: it is sent again then
 
     def __init__(self, config, layer):
         super().__init__()
@@ -53,7 +53,7 @@ class Full(nn.Module):
         """
         The tensors that `expand` needs, made once a step: of parameters, the embedding (vocab_size,
         n_embd), and the layer's own norm and c_kv, with which an input h has keys and values
-        c_kv(norm(h)). A parameter that `expand` reads from self gets no gradient.
+        c_kv(norm(h)). `expand` must not read parameters from self.
         """
         return ()
 
@@ -65,7 +65,7 @@ class Full(nn.Module):
         return (kv,)
 
     def expand(self, payload, tokens, weights):
-        """The payload of some rank's T tokens, a shard or its front half -> kv, contiguous."""
+        """The payload of some rank's T tokens, a shard or its front half -> kv."""
         return payload[0]
 
     @kernels.fused
@@ -73,7 +73,7 @@ class Full(nn.Module):
         """
         The payload, or the gradient of its floating-point tensors, as it travels. int8 and int4
         have one scale for each row, which is the last dimension: a head of full keys and values, z
-        of a token. A gradient is rounded stochastically: nothing is lost on average.
+        of a token. There gradients are rounded stochastically: nothing is lost on average.
         """
         dtype = self.grad_wire_dtype if gradient else self.wire_dtype
 
@@ -149,7 +149,9 @@ class Mixture(Full):
         n, width = sum(map(len, self.E)), 2 * config.n_kv_head * config.head_dim
         self.guess_dim = m = min(config.guess_dim, config.n_embd, width)
         if m:
-            self.W_in = nn.Parameter(torch.zeros(config.guess_tokens, m, config.n_embd))
+            # not 0, as A and B are: without a warm start nothing would ever learn
+            W_in = 0.02 * torch.randn(config.guess_tokens, m, config.n_embd, generator=rng)
+            self.W_in = nn.Parameter(W_in)
             self.A, self.b = nn.Parameter(torch.zeros(n, m)), nn.Parameter(torch.zeros(n))
             if self.of_input:
                 self.B = nn.Parameter(torch.zeros(width, m))
@@ -204,7 +206,7 @@ class Mixture(Full):
 
     def compress(self, x, kv, tokens, weights):
         rest, zs, thetas = (x if self.of_input else kv.flatten(2)), [], []  # (B, T, n)
-        if self.guess_dim:  # that of x; weights[1:3] make that of [K, V]
+        if self.guess_dim:  # of the same; weights[1:3] always make that of [K, V]
             guess = (w.to(rest.dtype) for w in (weights[0], self.A, self.b))
             rest = rest - self.guess(tokens, *guess)
         for i, (Z, E) in enumerate(zip(rest.split([len(E) for E in self.E], dim=-1), self.E)):
@@ -231,14 +233,14 @@ class Mixture(Full):
     @torch.no_grad()
     def start(self, moment, c_kv):
         """
-        From C, sums of [x, e, 1]^T [x, e, 1] (`GPT.moments`): the guess becomes the regression of x
-        on e, the subspace what is best for W of what that leaves. (Of kv: x is [K, V], and W is 1.)
+        From sums of [x, e, 1]^T [x, e, 1] (`GPT.moments`): the guess becomes the regression of x on
+        e, the subspace what is best for W of what that leaves. (Of kv: x is [K, V], W is 1.)
         """
         C, n = moment.double(), sum(map(len, self.E))
         W = c_kv.weight.double() if self.of_input else torch.eye(n).to(C)
         left = C[:n, :n]
         if m := self.guess_dim:
-            # 1. Ridge regression: R = argmin |x - R [e, 1]|^2 + 0.01 |e|^2 |R|^2
+            # 1. Ridge regression: R = argmin |x - R [e, 1]|^2 + 0.01 mean(e_i^2) |R|^2
             ex, ee = C[n:, :n], C[n:, n:]
             ridge = torch.full_like(ee[0], 0.01 * ee.diagonal()[:-1].mean() + 1e-6)
             ridge[-1] = 1e-6  # the last column, b, is not made smaller
@@ -271,8 +273,8 @@ class Mixture(Full):
 def bottleneck(M, W, r):
     """
     How r numbers say most of x to W: E and D (n, r) that minimise the sum of |W (x - D E^T x)|^2
-    over x with sums of squares M = x^T x (n, n), W (w, n). |E| = sqrt(r), as if its columns were
-    orthonormal, which they are for W = 1.
+    over all x with M = sum of x x^T (n, n), W (w, n). |E| = sqrt(r), as if its columns were
+    orthonormal, which they are if W is the identity.
     """
     # 1. W D E^T x is W x in its r principal directions V: so E^T x = V^T W x
     E = W.T @ principal_directions(W @ M @ W.T, r)

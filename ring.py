@@ -103,10 +103,10 @@ def attend(ring, q, k, v, payload, codec, weights, table, tokens, span):
     payload: tuple of tensors (B, S, ...), S = T for a token's numbers, or the number of chunks for
         a chunk's; the same shapes on every rank. Floating-point ones get gradients.
     codec: what stands behind the payload; None: nothing is sent.
-        .pack(payload) -> the tensors that travel, .unpack(those, sizes, dtype) -> payload: a lossy
-            last step whose gradient is the identity. With gradient=True, the same for gradients.
-        .expand(payload, tokens, weights) -> (B, n, 2, Hkv, hd), contiguous in B and n: keys before
-            RoPE and values, of a whole shard or of its front half, n tokens: (B, n, ...), or None.
+        .pack(payload) -> the tensors that travel, .unpack(those, last dimensions, dtype) ->
+            payload: lossy, its gradient the identity. With gradient=True the same for gradients.
+        .expand(payload, tokens, weights) -> keys before RoPE and values (B, n, 2, Hkv, hd), n
+            contiguous tokens, of a whole shard or its front half. tokens: (B, n, ...), theirs.
         .keep: hold what has arrived until backward instead of sending it a second time. Right for a
             small payload; uncompressed it would undo the memory saving of context parallelism.
     weights: the tensors that `expand` uses, this rank's own for every shard. They get the gradient
@@ -137,7 +137,7 @@ def _rebuild(codec, payload, tokens, weights, table, n_tokens):
 
 @kernels.fused
 def _add_up(codec, total, wire, sizes, dtype):
-    """total plus the gradient that came as `wire`. Sums are in `dtype`; one alone stays."""
+    """total plus the gradient that came as `wire`. Sums are in `dtype`; a first one stays."""
     found = codec.unpack(wire, sizes, dtype, gradient=True)
     return found if total is None else [t.to(dtype) + f for t, f in zip(total, found)]
 
@@ -217,8 +217,7 @@ class _Attend(torch.autograd.Function):
                 # 5. From dK and dV through `expand` to the gradients of its payload and weights.
                 torch.autograd.backward((keys, values), (dkeys, dvalues))
                 sent = codec.pack([t.grad for t in payload if t.requires_grad], gradient=True)
-                # 6. The payload's goes home, h ranks on, and ours comes from h ranks back. Our own
-                #    share is rounded too, so that the noise does not depend on the number of ranks.
+                # 6. The payload's goes home, h ranks on; ours comes from h back (0: rounded too).
                 h = source - ring.rank
                 coming.append(ring.exchange(sent, h, 'bwd') if h else lambda own=sent: own)
                 if len(coming) > 1 and not codec.keep:  # large ones: hold one at a time

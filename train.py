@@ -856,8 +856,10 @@ def main(argv=None):
             return None
         c, model, _, _, world, *_ = run
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(world, 'terminated', True))
-        result = train(*run)
-        signal.signal(signal.SIGTERM, before)
+        try:
+            result = train(*run)
+        finally:
+            signal.signal(signal.SIGTERM, before)
     except PeerError as e:
         print(f'train.py: {e}', file=sys.stderr, flush=True)
         os._exit(1)  # taking down groups whose members are gone can hang
