@@ -613,6 +613,9 @@ def test_codecs_of_a_model():
     assert [(type(c), c.wire_dtype, c.grad_wire_dtype) for c in (b.attn.active for b in model.h)
             ] == [(mos_cp.Words, 'int4', 'int4'), (mos_cp.Mixture, 'int4', 'int4'),
                   (mos_cp.Full, 'compute', 'compute')]
+    model = GPT(GPTConfig())  # without a warm start: its guess learns
+    model(IDX.repeat(1, 8), IDX.repeat(1, 8))[1].backward()
+    assert model.h[1].attn.codec.A.grad.any() and model.h[1].attn.codec.B.grad.any()
 
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
