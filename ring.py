@@ -105,12 +105,12 @@ def attend(ring, q, k, v, payload, codec, weights, table, tokens, span):
     codec: what stands behind the payload; None: nothing is sent.
         .pack(payload) -> the tensors that travel, .unpack(those, last dimensions, dtype) ->
             payload: lossy, its gradient the identity. With gradient=True the same for gradients.
-        .expand(payload, tokens, weights) -> keys before RoPE and values (B, n, 2, Hkv, hd), n
-            contiguous tokens, of a whole shard or its front half. tokens: (B, n, ...), theirs.
+        .expand(payload, tokens, weights) -> keys before RoPE and values (B, n, 2, Hkv, hd), not a
+            view by Tensor.expand, of n tokens (B, n, ...): a whole shard or its front half.
         .keep: hold what has arrived until backward instead of sending it a second time. Right for a
             small payload; uncompressed it would undo the memory saving of context parallelism.
     weights: the tensors that `expand` uses, this rank's own for every shard. They get the gradient
-        of this rank's queries: average over ranks, as for any weight.
+        of this rank's queries: sum over ranks, as for any weight.
     table: (world_size, T, 2, hd): `kernels.rope_table` at the positions of every rank's tokens.
     tokens: (world_size, B, T, ...) int64, of every rank's tokens in its local order, or None.
     span: within pieces of so many tokens queries see k and v as they are; all else comes through

@@ -490,7 +490,7 @@ def mixture(**options):
 def test_rotation(norm, k):
     """
     The paper's: generators skew-symmetric and of norm 1, so that U(theta) is within |M|^3 / 6 of
-    the exponential's, where U_0 is not. theta is that of a chunk's mean, clipped.
+    the exponential's, where E_0 is not. theta is that of a chunk's mean, clipped.
     """
     codec = mixture(**{**PAPER, 'subspace_of': 'kv', 'n_generators': k, 'generator_norm': norm})
     U, theta = codec.E[0].detach(), torch.rand(1, 5, k, generator=seeded(0)).double() - 0.5
@@ -1140,7 +1140,7 @@ def test_weights_averaged_every_few_steps(reference_run, tmp_path):
 # -----------------------------------------------------------------------------
 # train.py: nothing is lost
 
-def test_resume_is_bit_equal(reference_run, tmp_path, capfd):
+def test_resume_is_bit_equal(reference_run, tmp_path, capfd, monkeypatch):
     small_run(tmp_path, '--max_iters=6')
     with open(tmp_path / 'log.jsonl', 'ab') as f:  # a foreign hand; and as a killed run leaves it
         f.write(b'[1]\n{"epoch": 3}\nnot JSON\n{"iter": 7, "lo\xff\n')
@@ -1151,13 +1151,18 @@ def test_resume_is_bit_equal(reference_run, tmp_path, capfd):
     assert started == [(0, 6), (6, 12)] and resumed['val_loss'] == expected['val_loss']
     weights = dict(expected['model'].named_parameters())
     assert all(torch.equal(p, weights[name]) for name, p in resumed['model'].named_parameters())
-    assert 'raise --max_iters' not in capfd.readouterr().out
+    said, handler = capfd.readouterr().out, signal.getsignal(signal.SIGTERM)
+    assert 'the codec goes on' in said and 'raise --max_iters' not in said
     small_run(tmp_path, '--init_from=resume')
     assert 'at iteration 12 of 12; to go on, raise --max_iters' in capfd.readouterr().out
     for flag, saved in (('--n_embd=64', 32), ('--preset=124m', 'tiny')):
         with pytest.raises(SystemExit, match=f'{flag} differs from the checkpoint, .* {saved}'):
             small_run(tmp_path, '--init_from=resume', flag)
     assert not list(tmp_path.glob('*.tmp'))
+    monkeypatch.setattr(train, 'train', lambda *run: 1 / 0)  # in a notebook
+    with pytest.raises(ZeroDivisionError):
+        small_run(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_resume_with_other_options(reference_run, tmp_path):
