@@ -107,26 +107,26 @@ class Full(nn.Module):
 
 class Mixture(Full):
     """
-    What the tokens do not say, in a subspace that each chooses. Of a token whose key and value are
+    What the tokens do not say, in a subspace that they choose. Of a token whose key and value are
     [K, V] = W x (W: the layer's c_kv, x: its normed input, in R^n):
 
-        guess    g = A t + b                            t = sum_j W_in_j e_j, e_j: normed embedding
-                                                        of the token j places before
-        mixture  theta = c tanh(psi (x - g))            k numbers (n_generators), c = theta_max
+        look up  [t, s] = sum_j W_e_j^T e_j             e_j: normed embedding, j tokens back
+        guess    g = A t + b                            t: guess_dim numbers
+        mixture  theta = c tanh(s)                      s: k numbers (n_generators), c = theta_max
                  E(theta) = E_0 + sum_l theta_l E_l     each E_l: (n, r), r numbers (latent_dim);
                                                         D(theta) likewise
-        send     z = E(theta)^T (x - g), and theta      rounded to 4 bits, unless told otherwise
+        send     z = E(theta)^T (x - g)                 rounded to 4 bits, unless told otherwise
         rebuild  [K, V] = W (g + D(theta) z) + B t
 
-    Every rank has W and knows every token. So the guess costs no byte, and what is rebuilt moves
-    with W as W learns. W gets gradients from every rebuilt key and value too. Nothing looks at
-    later tokens. W_in, A (of rank guess_dim), b, B, psi, E_l and D_l are learned; k = 0 is one
-    learned subspace.
+    Every rank has W and knows every token. So guess and theta cost no byte, and what is rebuilt
+    moves with W as W learns. W gets gradients from every rebuilt key and value too. Nothing looks
+    at later tokens. W_e, A, b, B, E_l and D_l are learned; k = 0 is one learned subspace.
 
-    subspace_of = 'kv': the same of [K, V] itself, with D = E, no W and no B. The paper (Algorithm
-    1) is this with other choices: K and V apart; no guess; theta of a chunk's mean, clipped;
-    E(theta) = (I + M + M^2 / 2) E_0 with M = sum_l theta_l G_l and frozen E_0 and skew-symmetric
-    G_l: to second order, a rotation of E_0.
+    theta = 'token': c tanh(psi (x - g)), with a learned psi, is sent beside z; 'chunk': the mean of
+    x - g in a chunk in place of x - g. subspace_of = 'kv': the same of [K, V] itself, with D = E,
+    no W and no B. The paper (Algorithm 1) is this with other choices: K and V apart; no guess;
+    theta of a chunk's mean, clipped; E(theta) = (I + M + M^2 / 2) E_0 with M = sum_l theta_l G_l
+    and frozen E_0 and skew-symmetric G_l: to second order, a rotation of E_0.
     """
     keep = True
 
@@ -137,21 +137,25 @@ class Mixture(Full):
         # random numbers of its own: the initial weights must not depend on what is sent
         self.seed = (torch.initial_seed() * 1000 + layer) % 2**63
         rng = torch.Generator().manual_seed(self.seed)
-        # an item for each of config.subspaces; no D where it is E
+        # an item for each of config.subspaces; no D where it is E, no psi where theta is looked up
         self.E, self.D, self.psi = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         for n, r in config.subspaces:
             E = self.family(torch.linalg.qr(torch.randn(n, r, generator=rng))[0])
             self.E.append(nn.Parameter(E, requires_grad=not self.frozen))
             if self.of_input:
                 self.D.append(nn.Parameter(E.clone(), requires_grad=not self.frozen))
-            if k := config.n_generators:
-                self.psi.append(nn.Parameter(0.02 * torch.randn(k, n, generator=rng)))
+            if config.n_generators and config.theta != 'words':
+                psi = 0.02 * torch.randn(config.n_generators, n, generator=rng)
+                self.psi.append(nn.Parameter(psi))
         n, width = sum(map(len, self.E)), 2 * config.n_kv_head * config.head_dim
         self.guess_dim = m = min(config.guess_dim, config.n_embd, width)
+        # how many numbers are looked up: t, and s of each subspace unless theta is sent
+        self.sizes = [m] if self.psi else [m, *len(self.E) * [config.n_generators]]
+        if sum(self.sizes):
+            # [t, s] are about 1 at this scale; at 0, and A = 0, they would never learn
+            W_e = torch.randn(config.guess_tokens, config.n_embd, sum(self.sizes), generator=rng)
+            self.W_e = nn.Parameter(W_e / math.sqrt(config.guess_tokens * config.n_embd))
         if m:
-            # not 0, as A and B are: without a warm start nothing would ever learn
-            W_in = 0.02 * torch.randn(config.guess_tokens, m, config.n_embd, generator=rng)
-            self.W_in = nn.Parameter(W_in)
             self.A, self.b = nn.Parameter(torch.zeros(n, m)), nn.Parameter(torch.zeros(n))
             if self.of_input:
                 self.B = nn.Parameter(torch.zeros(width, m))
@@ -176,18 +180,24 @@ class Mixture(Full):
         W, decoders = c_kv.weight, tuple(self.D if self.of_input else self.E)
         if self.of_input:  # W (A t + b + D z) + B t = (W A + B) t + W b + (W D) z
             decoders = tuple((W @ D.flatten(1)).unflatten(1, D.shape[1:]) for D in decoders)
-        if not self.guess_dim:
-            return decoders
-        # guess_dim numbers for a word as this token, as many for it as the one before, ...
-        table = F.linear(norm(embedding), self.W_in.flatten(0, 1))
-        A, b = (W @ self.A + self.B, W @ self.b) if self.of_input else (self.A, self.b)
-        return table, A, b, *decoders
+        table, guess = [], []
+        if sum(self.sizes):  # a row for each word and place
+            W_e = aligned(self.W_e).transpose(0, 1)  # (n_embd, guess_tokens, ...)
+            table = [(norm(embedding) @ W_e.flatten(1)).view(-1, W_e.shape[-1])]
+        if self.guess_dim:
+            guess = [W @ self.A + self.B, W @ self.b] if self.of_input else [self.A, self.b]
+        return *table, *guess, *decoders
 
-    def guess(self, tokens, table, A, b):
-        """A t + b of tokens (B, T, guess_tokens) -> (B, T, len(b))"""
+    def look_up(self, tokens, table):
+        """
+        What every rank knows of tokens (B, T, guess_tokens): t (B, T, guess_dim), and of each
+        subspace theta (B, T, k), unless it is sent.
+        """
         places = tokens.shape[-1]
         rows = tokens * places + torch.arange(places, device=tokens.device)
-        return F.embedding(rows, table.view(-1, self.guess_dim)).sum(dim=2) @ A.mT + b
+        found = F.embedding(rows, table).sum(dim=2, dtype=table.dtype)
+        t, *s = found[..., :sum(self.sizes)].split(self.sizes, dim=-1)
+        return t, [self.config.theta_max * one.tanh() for one in s]
 
     def theta(self, Z, psi):
         """Z (B, T, n) -> (B, T, k), or of each chunk (B, chunks, k)"""
@@ -206,28 +216,34 @@ class Mixture(Full):
 
     def compress(self, x, kv, tokens, weights):
         rest, zs, thetas = (x if self.of_input else kv.flatten(2)), [], []  # (B, T, n)
-        if self.guess_dim:  # of the same; weights[1:3] always make that of [K, V]
-            guess = (w.to(rest.dtype) for w in (weights[0], self.A, self.b))
-            rest = rest - self.guess(tokens, *guess)
-        for i, (Z, E) in enumerate(zip(rest.split([len(E) for E in self.E], dim=-1), self.E)):
+        if sum(self.sizes):
+            t, thetas = self.look_up(tokens, weights[0].to(rest.dtype))
+        if self.guess_dim:
+            rest = rest - (t @ self.A.to(t.dtype).mT + self.b.to(t.dtype))
+        parts = rest.split([len(E) for E in self.E], dim=-1)
+        sent = [self.theta(Z, psi) for Z, psi in zip(parts, self.psi)]
+        thetas = sent or thetas
+        for i, (Z, E) in enumerate(zip(parts, self.E)):
             J, r = E.shape[1:]
             z = (Z @ aligned(E.flatten(1)).to(Z.dtype))[..., :J * r]  # E_0^T Z, E_1^T Z, ...
             if J > 1:
-                thetas.append(self.theta(Z, self.psi[i]))
-                z = (self.mix(thetas[-1], Z.shape[1]) * z.unflatten(-1, (J, r))).sum(dim=2)
+                z = self.mix(thetas[i], Z.shape[1]) * z.unflatten(-1, (J, r))
+                z = z.sum(dim=2, dtype=Z.dtype)  # without dtype autocast makes it float32 on GPUs
             zs.append(z.contiguous())
-        return *zs, *thetas
+        return *zs, *sent
 
     def expand(self, payload, tokens, weights):
-        several, rebuilt = len(self.E), []
-        zs, thetas = payload[:several], payload[several:] or several * [None]
-        for z, theta, D in zip(zs, thetas, weights[-several:]):
-            if theta is not None:
-                z = (self.mix(theta, z.shape[1]) * z.unsqueeze(2)).flatten(2)
-            rebuilt.append(aligned(z) @ aligned(D.flatten(1)).to(z.dtype).mT)
+        several, dtype, rebuilt, thetas = len(self.E), payload[0].dtype, [], []
+        if sum(self.sizes):
+            t, thetas = self.look_up(tokens, weights[0].to(dtype))
+        thetas = payload[several:] or thetas
+        for i, (z, D) in enumerate(zip(payload[:several], weights[-several:])):
+            if D.shape[1] > 1:
+                z = (self.mix(thetas[i], z.shape[1]) * z.unsqueeze(2)).flatten(2)
+            rebuilt.append(aligned(z) @ aligned(D.flatten(1)).to(dtype).mT)
         rebuilt = torch.cat(rebuilt, dim=-1)  # (B, T, 2 d)
         if self.guess_dim:
-            rebuilt = rebuilt + self.guess(tokens, *(w.to(z.dtype) for w in weights[:3]))
+            rebuilt = rebuilt + (t @ weights[1].to(dtype).mT + weights[2].to(dtype))
         return rebuilt.unflatten(-1, self.shape)
 
     @torch.no_grad()
@@ -247,12 +263,12 @@ class Mixture(Full):
             R = torch.linalg.solve(ee + ridge.diag(), ex).T  # (n, guess_tokens * n_embd + 1)
             # 2. The m numbers that say most of R [e, 1] to W, and how
             to_t, A = bottleneck(R @ ee @ R.T, W, m)
-            W_in = to_t.T @ R[:, :-1]
+            W_e = R[:, :-1].T @ to_t  # (guess_tokens * n_embd, m); s stays random
+            self.W_e[..., :m] = W_e.unflatten(0, (-1, self.config.n_embd))
             self.A.copy_(A)
             self.b.copy_(R[:, -1])
-            self.W_in.copy_(W_in.unflatten(1, (-1, self.config.n_embd)).transpose(0, 1))
-            # 3. The same sums of x - g, where g = [A W_in, b] [e, 1]
-            R = torch.cat((A @ W_in, R[:, -1:]), dim=1)
+            # 3. The same sums of x - g, where g = [A W_e^T, b] [e, 1]
+            R = torch.cat((A @ W_e.T, R[:, -1:]), dim=1)
             left = left - R @ ex - (R @ ex).T + R @ ee @ R.T
         rng, begin = torch.Generator().manual_seed(self.seed), 0
         for i, (n, r) in enumerate(self.config.subspaces):
@@ -262,7 +278,7 @@ class Mixture(Full):
             self.E[i].copy_(self.family(E))
             if self.of_input:
                 self.D[i].copy_(self.family(D))
-            if len(self.psi) and not self.frozen:
+            if self.psi and not self.frozen:
                 # 4. A new random psi: psi (x - g) has mean square 1, so tanh bends, and saturates
                 #    seldom. C[-1, -1] is the number of rows.
                 psi = torch.randn(self.psi[i].shape, generator=rng).to(M)
@@ -343,7 +359,7 @@ CHOICES = {  # the values an option takes; train.py's flags check against these 
     'send': CODECS,
     'wire_dtype': ('auto', 'compute', 'bf16', 'int8', 'int4'),
     'grad_wire_dtype': ('same', 'compute', 'bf16', 'int8', 'int4'),
-    'theta': ('token', 'chunk'),
+    'theta': ('words', 'token', 'chunk'),
     'subspace': ('learned', 'frozen'),
     'subspace_of': ('input', 'kv', 'apart'),
     'generator_norm': ('frobenius', 'spectral'),
@@ -372,13 +388,13 @@ class GPTConfig:
     latent_dim: int = 36  # numbers sent for a token and layer, its key and value together
     latent_dim_k: int = 0  # of these for the key, with subspace_of=apart; 0: two sevenths
     n_generators: int = 4  # how many matrices theta mixes into the subspace; 0: one subspace
-    theta: str = 'token'  # of each token, or of a chunk's mean (the paper)
+    theta: str = 'words'  # looked up; or sent: token, of each x - g; chunk, of its mean (the paper)
     subspace: str = 'learned'  # or frozen: skew-symmetric generators rotate it (the paper)
     generator_norm: str = 'frobenius'  # of frozen ones: frobenius (the paper) or spectral norm 1
     theta_max: float = 0.2  # largest |theta|; the paper's is 0.5
     subspace_of: str = 'input'  # the layer's input; kv: its [K, V]; apart: one each (the paper)
     guess_dim: int = 512  # rank of the guess by the tokens, at most n_embd; 0: no guess
-    guess_tokens: int = 2  # tokens that the guess looks at: this one, and those just before it
+    guess_tokens: int = 2  # tokens that are looked up: this one, and those just before it
     exact_local: bool = True  # a chunk's own keys and values are exact; False (the paper): rebuilt
     compress_last: bool = True  # False (the paper): the last layer sends full keys and values
     wire_dtype: str = 'auto'  # compute, bf16, int8, int4; auto: int4 for mixture, else compute

@@ -219,7 +219,8 @@ OPTIONS = [
     dict(send='full'), dict(send='local'), dict(send='topk', topk=0.3),
     dict(send='full', wire_dtype='int8', exact_local=False, n_head=4, n_kv_head=2, **EXACT),
     dict(send='topk', exact_local=False, wire_dtype='int8', **EXACT),
-    dict(), dict(compress_last=False), dict(exact_local=False), dict(theta='chunk'), ONE,
+    dict(), dict(compress_last=False), dict(exact_local=False), dict(theta='token'),
+    dict(theta='chunk'), ONE,
     dict(recompute=True, n_generators=0), dict(wire_dtype='int4', **EXACT),
     dict(guess_tokens=3), dict(guess_dim=0, n_generators=2), dict(subspace_of='kv'),
     dict(subspace_of='apart', wire_dtype='bf16', latent_dim_k=4, **EXACT),
@@ -352,9 +353,10 @@ def check_meter_equals_formula(ring):
                  2 * (d // 2 + 2) * T, 2 * (d // 2 + 2) * T + 2 * (d + 2) * T),
         'first': (dict(send='first', wire_dtype='int4'), (8 + 2 * 4) * T, 2 * 4 * T),
         # in two of three layers: the first one's keys and values are known
-        'mixture': (dict(n_layer=3, n_generators=4), (7 + 4) * T * 8, (7 + 4) * T * 8),
+        'mixture': (dict(n_layer=3, n_generators=4), 7 * T * 8, 7 * T * 8),
         # 7 numbers of 4 bits and a scale, 4 theta and theirs
-        'int4 mixture': (dict(n_layer=3, wire_dtype='int4'), *((4 + 2 + 2 + 2) * T,) * 2),
+        'int4, theta': (dict(n_layer=3, theta='token', wire_dtype='int4'),
+                        *((4 + 2 + 2 + 2) * T,) * 2),
         # 2 + 5 numbers of 4 bits and two scales; 7 of bf16
         'apart': (dict(ONE, subspace_of='apart', wire_dtype='int4', grad_wire_dtype='bf16'),
                   (1 + 2 + 3 + 2) * T, 7 * 2 * T),
@@ -512,9 +514,11 @@ def test_rotation(norm, k):
 
 
 @pytest.mark.parametrize('of', ('input', 'kv'))
-def test_formulas(of):
+@pytest.mark.parametrize('theta_of', ('words', 'token'))
+def test_formulas(of, theta_of):
     """compress and expand are what the docstring says, token by token, and so is their autograd."""
-    codec, g = mixture(n_generators=3, guess_dim=4, vocab_size=50, subspace_of=of), seeded(0)
+    g = seeded(0)
+    codec = mixture(n_generators=3, guess_dim=4, vocab_size=50, subspace_of=of, theta=theta_of)
     c_kv = torch.nn.Linear(16, 32, bias=False).double()
     with torch.no_grad():
         for p in (*codec.parameters(), c_kv.weight):
@@ -527,13 +531,13 @@ def test_formulas(of):
         W, D, B = c_kv.weight, codec.D, codec.B if of == 'input' else 0 * codec.A
         if of == 'kv':
             x, W, D = W @ x, torch.eye(32).double(), codec.E
-        t = sum(W_in @ e for W_in, e in zip(codec.W_in, norm(embedding[words])))
-        g = codec.A @ t + codec.b
-        theta = 0.2 * torch.tanh(codec.psi[0] @ (x - g))
+        t = sum(e @ W_e for W_e, e in zip(codec.W_e, norm(embedding[words])))
+        g = codec.A @ t[:4] + codec.b
+        theta = 0.2 * torch.tanh(t[4:] if theta_of == 'words' else codec.psi[0] @ (x - g))
         E, D = (M[0][:, 0] + sum(theta[l] * M[0][:, 1 + l] for l in range(3))
                 for M in (codec.E, D))
         z = E.T @ (x - g)
-        return z, theta, W @ (g + D @ z) + B @ t
+        return z, *[theta] * (theta_of == 'token'), W @ (g + D @ z) + B @ t[:4]
 
     for leaf in inputs.values():
         leaf.requires_grad_()
@@ -545,7 +549,9 @@ def test_formulas(of):
     upstream = [double(*each.shape, generator=g) for each in expected]
     gradients = (torch.autograd.grad(out, list(inputs.values()), upstream)
                  for out in (found, expected))
-    for what, a, b in (*zip(('z', 'theta', '[K, V]'), found, expected), *zip(inputs, *gradients)):
+    assert len(found) == len(expected)
+    for what, a, b in (*zip(('z', '...'), found, expected), ('[K, V]', found[-1], expected[-1]),
+                       *zip(inputs, *gradients)):
         assert_close(a, b, what)
 
 
@@ -574,16 +580,17 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
         codec.start(start.T @ start, c_kv)
         weights = codec.weights(embedding, lambda e: e, c_kv)
         payload = codec.compress(x[None], kv, tokens, weights)
-        if len(codec.psi):  # theta says something from the start: psi of variance 1
-            theta = payload[-1].abs()
+        if codec.config.n_generators:  # theta says something from the start
+            theta = (payload[len(codec.E):] or codec.look_up(tokens, weights[0])[1])[-1].abs()
             assert (theta.mean(dim=(0, 1)) > 0.04).all() and theta.max() < 0.2
         return relative_error(codec.expand(payload, tokens, weights), kv)
     for options in (dict(latent_dim=6), dict(subspace_of='kv', latent_dim=6),
                     dict(subspace_of='apart', latent_dim=12, latent_dim_k=6)):
-        errors, mixed = ([left(**options, guess_dim=m, n_generators=k) for m in (0, 8, 99)]
-                         for k in (0, 4))
+        errors, *mixed = ([left(**options, guess_dim=m, n_generators=k, theta=theta)
+                           for m in (0, 8, 99)]
+                          for k, theta in ((0, 'words'), (4, 'words'), (4, 'token')))
         assert errors[0] > 1.5 * errors[1] > 15 * errors[2] and errors[2] < 0.01, (options, errors)
-        assert mixed == pytest.approx(errors, rel=1e-9)
+        assert mixed == [pytest.approx(errors, rel=1e-9)] * 2
 
 
 def test_bottleneck():
@@ -1100,11 +1107,10 @@ def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
     records = read_log(tmp_path)
     assert_same_log(records, reference_run[1]['records'])
     n = 64 * 2 * 8  # tokens of the other rank, in the second layer alone; sequences, bytes
-    numbers = 6 + GPTConfig().n_generators
-    assert [r['received_fwd'] + r['received_bwd'] for r in records[4:12]] == 8 * [2 * numbers * n]
+    assert [r['received_fwd'] + r['received_bwd'] for r in records[4:12]] == 8 * [2 * 6 * n]
     # K, V, K, V again and their gradients would have travelled
-    assert records[5]['compression'] == pytest.approx(1 - numbers / (3 * 2 * 32))
-    assert f'received {4 * numbers} + {4 * numbers} bytes a token and layer' in said[0]
+    assert records[5]['compression'] == pytest.approx(1 - 6 / (3 * 2 * 32))
+    assert 'received 24 + 24 bytes a token and layer' in said[0]
     assert re.search(r'^  total +[\d.,]+ +[\d.,]+$', said[0], re.MULTILINE)
 
 
@@ -1424,7 +1430,7 @@ SOMETIMES = {
     'grad_wire_dtype': ('compute', 'compute', 'int8', 'int4'), 'exact_local': (True, False),
     'subspace_of': ('input', 'kv', 'apart'), 'subspace': ('frozen', 'learned'),
     'latent_dim_k': (1, 2, 30),
-    'theta': ('token', 'chunk'), 'guess_dim': (0, 3, 256), 'n_generators': (0, 1, 2),
+    'theta': ('words', 'token', 'chunk'), 'guess_dim': (0, 3, 256), 'n_generators': (0, 1, 2),
     'generator_norm': ('frobenius', 'spectral'), 'theta_max': (0.2, 0.5),
     'topk': (0.05, 0.5, 1.0), 'compress_last': (True, False), 'unplug_at': (0, 1),
     'warm_basis': ('activations', 'weights'), 'codec_lr': (0.1, 1.0),

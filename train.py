@@ -88,9 +88,10 @@ class RunConfig:
 
 PRESETS = {
     'tiny': {},
-    'needle': dict(data='needle', guess_dim=0, codec_lr=0.1, n_layer=2, n_embd=64, block_size=16,
-                   n_chunks=4, batch_size=64, max_iters=300, warm_start=10, learning_rate=5e-3,
-                   min_lr=2e-4, eval_interval=150, sample_tokens=0),
+    # its tokens alone say the answers: nothing may be looked up
+    'needle': dict(data='needle', guess_dim=0, theta='token', codec_lr=0.1, n_layer=2, n_embd=64,
+                   block_size=16, n_chunks=4, batch_size=64, max_iters=300, warm_start=10,
+                   learning_rate=5e-3, min_lr=2e-4, eval_interval=150, sample_tokens=0),
     '124m': dict(n_layer=12, n_head=12, n_embd=768, latent_dim=128, block_size=16384, batch_size=1,
                  gradient_accumulation_steps=16, max_iters=10000, warm_start=500,
                  warmup_iters=500, learning_rate=6e-4, min_lr=6e-5, eval_interval=500),
@@ -621,7 +622,6 @@ def change_send(c, model, batches, world, iter_num):
     codec = f'the codec {"starts" if iter_num == c.warm_start else "goes on"}'  # after a resume
     what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed',
             'mixture': f'{codec}, {c.latent_dim} of {n} numbers a token and layer'
-                       + f', theta of {c.n_generators}' * (c.n_generators > 0)
                        + '; none for the first layer' * (c.guess_dim > 0)}
     world.tell(iter_num, what.get(sends, f'{codec}: {sends}')
                + '; compiling ...' * c.compile)
