@@ -623,8 +623,7 @@ def change_send(c, model, batches, world, iter_num):
     what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed',
             'mixture': f'{codec}, {c.latent_dim} of {n} numbers a token and layer'
                        + '; none for the first layer' * (c.guess_dim > 0)}
-    world.tell(iter_num, what.get(sends, f'{codec}: {sends}')
-               + '; compiling ...' * c.compile)
+    world.tell(iter_num, what.get(sends, f'{codec}: {sends}') + '; compiling ...' * c.compile)
     if c.compile and world.device.type == 'cuda' and not world.ring.link.dialled:
         with world.autocast:
             return graphed(model, *batches.training(iter_num, 0))
