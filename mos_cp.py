@@ -116,15 +116,15 @@ class Mixture(Full):
                  E(theta) = E_0 + sum_l theta_l E_l     each E_l: (n, r), r numbers (latent_dim);
                                                         D(theta) likewise
         send     z = E(theta)^T (x - g)                 rounded to 4 bits, unless told otherwise
-        rebuild  [K, V] = W (g + D(theta) z) + B t
+        rebuild  [K, V] = W (g + D(theta) z)
 
     Every rank has W and knows every token. So guess and theta cost no byte, and what is rebuilt
     moves with W as W learns. W gets gradients from every rebuilt key and value too. Nothing looks
-    at later tokens. W_e, A, b, B, E_l and D_l are learned; k = 0 is one learned subspace.
+    at later tokens. W_e, A, b, E_l and D_l are learned; k = 0 is one learned subspace.
 
     theta = 'token': c tanh(psi (x - g)), with a learned psi, is sent beside z; 'chunk': the mean of
-    x - g in a chunk in place of x - g. subspace_of = 'kv': the same of [K, V] itself, with D = E,
-    no W and no B. The paper (Algorithm 1) is this with other choices: K and V apart; no guess;
+    x - g in a chunk in place of x - g. subspace_of = 'kv': the same of [K, V] itself, with D = E
+    and no W. The paper (Algorithm 1) is this with other choices: K and V apart; no guess;
     theta of a chunk's mean, clipped; E(theta) = (I + M + M^2 / 2) E_0 with M = sum_l theta_l G_l
     and frozen E_0 and skew-symmetric G_l: to second order, a rotation of E_0.
     """
@@ -147,8 +147,8 @@ class Mixture(Full):
             if config.n_generators and config.theta != 'words':
                 psi = 0.02 * torch.randn(config.n_generators, n, generator=rng)
                 self.psi.append(nn.Parameter(psi))
-        n, width = sum(map(len, self.E)), 2 * config.n_kv_head * config.head_dim
-        self.guess_dim = m = min(config.guess_dim, config.n_embd, width)
+        n = sum(map(len, self.E))
+        self.guess_dim = m = min(config.guess_dim, config.n_embd, 2 * math.prod(self.shape[1:]))
         # how many numbers are looked up: t, and s of each subspace unless theta is sent
         self.sizes = [m] if self.psi else [m, *len(self.E) * [config.n_generators]]
         if sum(self.sizes):
@@ -157,8 +157,6 @@ class Mixture(Full):
             self.W_e = nn.Parameter(W_e / math.sqrt(config.guess_tokens * config.n_embd))
         if m:
             self.A, self.b = nn.Parameter(torch.zeros(n, m)), nn.Parameter(torch.zeros(n))
-            if self.of_input:
-                self.B = nn.Parameter(torch.zeros(width, m))
 
     def family(self, E_0):
         """
@@ -177,16 +175,15 @@ class Mixture(Full):
         return torch.cat((E_0[:, None], first, second), dim=1)
 
     def weights(self, embedding, norm, c_kv):
-        W, decoders = c_kv.weight, tuple(self.D if self.of_input else self.E)
-        if self.of_input:  # W (A t + b + D z) + B t = (W A + B) t + W b + (W D) z
-            decoders = tuple((W @ D.flatten(1)).unflatten(1, D.shape[1:]) for D in decoders)
-        table, guess = [], []
+        table, rebuild = (), tuple(self.D if self.of_input else self.E)
+        if self.guess_dim:
+            rebuild = self.A, self.b, *rebuild
+        if self.of_input:  # W (A t + b + D z) = (W A) t + W b + (W D) z
+            rebuild = tuple(torch.tensordot(c_kv.weight, M, dims=1) for M in rebuild)
         if sum(self.sizes):  # a row for each word and place
             W_e = aligned(self.W_e).transpose(0, 1)  # (n_embd, guess_tokens, ...)
-            table = [(norm(embedding) @ W_e.flatten(1)).view(-1, W_e.shape[-1])]
-        if self.guess_dim:
-            guess = [W @ self.A + self.B, W @ self.b] if self.of_input else [self.A, self.b]
-        return *table, *guess, *decoders
+            table = ((norm(embedding) @ W_e.flatten(1)).view(-1, W_e.shape[-1]),)
+        return *table, *rebuild
 
     def look_up(self, tokens, table):
         """
