@@ -110,12 +110,13 @@ class Mixture(Full):
     What the tokens do not say, in a subspace that they choose. Of a token whose key and value are
     [K, V] = W x (W: the layer's c_kv, x: its normed input, in R^n):
 
-        look up  [t, s] = sum_j W_e_j^T e_j             e_j: normed embedding, j tokens back
+        look up  [t, s] = sum_j W_e_j^T e_j             e_j: embedding of the token j places back
+                                                        (j < guess_tokens), normed as x is
         guess    g = A t + b                            t: guess_dim numbers
         mixture  theta = c tanh(s)                      s: k numbers (n_generators), c = theta_max
                  E(theta) = E_0 + sum_l theta_l E_l     each E_l: (n, r), r numbers (latent_dim);
                                                         D(theta) likewise
-        send     z = E(theta)^T (x - g)                 rounded to 4 bits, unless told otherwise
+        send     z = E(theta)^T (x - g)                 in 4 bits and a scale, by default
         rebuild  [K, V] = W (g + D(theta) z)
 
     Every rank has W and knows every token. So guess and theta cost no byte, and what is rebuilt
