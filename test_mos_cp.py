@@ -704,11 +704,18 @@ def test_backward_of_a_ring_of_one(monkeypatch):
 
 
 def test_compiled_equals_eager(tmp_path, monkeypatch):
-    """Every region: the layers, the loss, and a block's kernels."""
+    """
+    Every region as it is captured, split in forward and backward, and decomposed: the layers, the
+    loss, a block's kernels. From that TorchInductor makes C++, here of one: all take a minute.
+    """
     # not what another ATEN_CPU_CAPABILITY compiled: that may give NaN
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
-    if why := kernels.cannot_compile():
-        pytest.skip(f'--compile does not work here: {why}')
+    if not kernels.cannot_compile():
+        x = torch.randn(9, 7, generator=seeded(0))
+        with kernels.compiling(True):
+            assert torch.equal(kernels.fused(kernels.quantize)(x, 4), kernels.quantize(x, 4))
+    backend = dict(backend='aot_eager_decomp_partition')
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, **backend))
     options = dict(n_chunks=4, n_layer=2, wire_dtype='int4', recompute=True, **EXACT)
     assert_same_steps(*(train_steps(small_model(compile=c, **options), 2) for c in (True, False)))
 
