@@ -123,11 +123,12 @@ class Mixture(Full):
     moves with W as W learns. W gets gradients from every rebuilt key and value too. Nothing looks
     at later tokens. W_e, A, b, E_l and D_l are learned; k = 0 is one learned subspace.
 
-    theta = 'token': c tanh(psi (x - g)), with a learned psi, is sent beside z; 'chunk': the mean of
-    x - g in a chunk in place of x - g. subspace_of = 'kv': the same of [K, V] itself, with D = E
-    and no W. The paper (Algorithm 1) is this with other choices: K and V apart; no guess;
-    theta of a chunk's mean, clipped; E(theta) = (I + M + M^2 / 2) E_0 with M = sum_l theta_l G_l
-    and frozen E_0 and skew-symmetric G_l: to second order, a rotation of E_0.
+    theta = 'token': c tanh(psi (x - g)), with a learned psi, is sent beside z; 'chunk': of the mean
+    of x - g in a chunk, later tokens too, which exact_local keeps from the chunk's own queries.
+    subspace_of = 'kv': the same of [K, V] itself, with D = E and no W. The paper (Algorithm 1) is
+    this with other choices: K and V apart; no guess; theta of a chunk's mean, clipped; E(theta) =
+    (I + M + M^2 / 2) E_0 with M = sum_l theta_l G_l and frozen E_0 and skew-symmetric G_l: to
+    second order, a rotation of E_0.
     """
     keep = True
 
