@@ -494,6 +494,7 @@ class Attention(nn.Module):
         """The codec in use now; None: nothing is sent."""
         return {'local': None, 'full': self.plain, 'codec': self.codec}[self.sends]
 
+    @kernels.fused
     def project(self, x, norm, table, tokens, embedding):
         """
         x (B, T, n_embd) of the tokens (B, T, guess_tokens), before its norm, table (T, 2, hd) of
@@ -544,10 +545,6 @@ class Block(nn.Module):
         self.ln_2, self.mlp = Norm(config.n_embd, eps=1e-5), MLP(config)
 
     @kernels.fused
-    def before(self, x, table, tokens, embedding):
-        return self.attn.project(x, self.ln_1, table, tokens, embedding)
-
-    @kernels.fused
     def after(self, x, y):
         x = x + self.attn.c_proj(y.flatten(2))
         return x + self.mlp(self.ln_2(x))
@@ -557,7 +554,7 @@ class Block(nn.Module):
         x: (B, T, n_embd), this rank's shard; every rank's RoPE table (world_size, T, 2, hd) and
         tokens (world_size, B, T, guess_tokens).
         """
-        own = self.before(x, table[ring.rank], tokens[ring.rank], embedding)
+        own = self.attn.project(x, self.ln_1, table[ring.rank], tokens[ring.rank], embedding)
         y = self.attn.attend(*own, ring, table, tokens)
         return recomputed(self.after, x, y) if self.config.recompute else self.after(x, y)
 
