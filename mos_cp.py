@@ -288,11 +288,15 @@ class Mixture(Full):
 def bottleneck(M, W, r):
     """
     How r numbers say most of x to W: E and D (n, r) that minimise the sum of |W (x - D E^T x)|^2
-    over all x with M = sum of x x^T (n, n), W (w, n). |E| = sqrt(r), as if its columns were
-    orthonormal, which they are if W is the identity.
+    over all x with M = sum of x x^T (n, n), W (w, n); float64. |E| = sqrt(r), as if its columns
+    were orthonormal, which they are if W is the identity.
     """
-    # 1. W D E^T x is W x in its r principal directions V: so E^T x = V^T W x
-    E = W.T @ principal_directions(W @ M @ W.T, r)
+    # 1. W D E^T x is W x in its r principal directions V: so E^T x = V^T W x. Along V itself some
+    #    numbers of a token would be far larger than others, and these, which share a scale with
+    #    them, rounded to 0: V is turned by a fixed random rotation.
+    _, vectors = torch.linalg.eigh(W @ M @ W.T)  # ascending
+    noise = torch.randn(r, r, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    E = W.T @ (vectors[:, -r:] @ torch.linalg.qr(noise)[0].to(W.device))
     # 2. D: the regression of x on E^T x
     D = M @ E @ torch.linalg.pinv(E.T @ M @ E, rtol=1e-9, hermitian=True)
     scale = E.norm() / math.sqrt(r)
@@ -302,17 +306,6 @@ def bottleneck(M, W, r):
 def aligned(x):
     """x (..., r) with zeros up to a multiple of 8: others miss a GPU's fast matrix products."""
     return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
-
-
-def principal_directions(moment, n):
-    """
-    An orthonormal basis (d, n) of the span of the top n eigenvectors of a second moment (d, d): the
-    eigenvectors times a fixed random rotation. Along the eigenvectors themselves some numbers of a
-    token would be far larger than others, and these, which share a scale with them, rounded to 0.
-    """
-    _, vectors = torch.linalg.eigh(moment.double())  # ascending
-    noise = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return vectors[:, -n:] @ torch.linalg.qr(noise)[0].to(vectors.device)
 
 
 class Words(Full):
