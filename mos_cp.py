@@ -408,22 +408,19 @@ class GPTConfig:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             check(value in choices, f'{name} ({value!r}) must be one of {", ".join(choices)}', name)
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd',
-                     'n_ff', 'n_chunks', 'latent_dim', 'guess_tokens', 'rope_base'):
-            value = getattr(self, name)
-            check(value >= 1, f'{name} ({value}) must be at least 1', name)
+        for name in (f.name for f in dataclasses.fields(self) if f.type is int):
+            value, lowest = getattr(self, name), int(name not in ('n_generators', 'guess_dim'))
+            check(value >= lowest, f'{name} ({value}) must be at least {lowest}', name)
         for name, of, by in (('block_size', 'n_chunks', self.n_chunks),
                              ('n_embd', '2 * n_head', 2 * self.n_head),  # RoPE rotates pairs
                              ('n_head', 'n_kv_head', self.n_kv_head)):
             value = getattr(self, name)
             check(value % by == 0, f'{name} ({value}) must be a multiple of {of} ({by})', name,
                   of.split()[-1])
-        check(0 < self.topk <= 1, f'topk ({self.topk}) must be above 0 and at most 1', 'topk')
-        check(0 < self.theta_max < math.inf,
-              f'theta_max ({self.theta_max}) must be above 0 and finite', 'theta_max')
-        for name in ('n_generators', 'guess_dim'):
+        for name in ('rope_base', 'theta_max', 'topk'):
             value = getattr(self, name)
-            check(value >= 0, f'{name} ({value}) must be at least 0', name)
+            check(0 < value < math.inf, f'{name} ({value}) must be above 0 and finite', name)
+        check(self.topk <= 1, f'topk ({self.topk}) must be at most 1', 'topk')
         for n, r in self.subspaces if self.send == 'mixture' else ():
             n = min(n, 2 * self.n_kv_head * self.head_dim)  # all that keys and values can say
             check(1 <= r <= n, f'latent_dim ({self.latent_dim}) must leave each subspace between 1 '
