@@ -672,26 +672,22 @@ class GPT(nn.Module):
         """
         def moment(x, e):
             with torch.autocast(x.device.type, enabled=False):  # float32 at least
-                rows = torch.cat((x, e, torch.ones_like(x[:, :1])), dim=1)
+                rows = F.pad(torch.cat((x, e[..., :n]), dim=-1).flatten(0, -2), (0, 1), value=1.0)
                 rows = rows.to(kernels.accumulation_dtype(x.dtype))
                 return rows.T @ rows
 
-        blocks, found, of_input = self.started, [], self.config.subspace_of == 'input'
+        c, blocks, found = self.config, self.started, []
+        of_input, n = c.subspace_of == 'input', c.guess_tokens * c.n_embd * (c.guess_dim > 0)
         if idx is None:
-            n = self.config.guess_tokens * self.config.n_embd if self.config.guess_dim else 0
-            for block in blocks:
-                W = block.attn.c_kv.weight  # (2 d, n_embd)
-                W = W if of_input else W.T
-                found.append(moment(W, W.new_zeros(len(W), n)))
+            for W in (block.attn.c_kv.weight for block in blocks):  # (2 d, n_embd)
+                x = W if of_input else W.T
+                found.append(moment(x, x.new_zeros(len(x), n)))
             return found
         x, table, tokens = self.inputs(idx)
         for block in self.h:
             if block in blocks:
-                normed, e = block.ln_1(x), x[..., :0]  # no guess: e has no numbers
-                if self.config.guess_dim:
-                    e = block.ln_1(self.wte(tokens[self.ring.rank])).flatten(2)
-                of = normed if of_input else block.attn.c_kv(normed)
-                found.append(moment(of.flatten(0, 1), e.flatten(0, 1)))
+                normed, e = block.ln_1(x), block.ln_1(self.wte(tokens[self.ring.rank])).flatten(2)
+                found.append(moment(normed if of_input else block.attn.c_kv(normed), e))
             x = block(x, self.ring, table, tokens, self.wte.weight)
         return found
 
