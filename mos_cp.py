@@ -654,8 +654,7 @@ class GPT(nn.Module):
     def get_extra_state(self):  # in state_dict: what is sent belongs to the model
         return self.sends
 
-    def set_extra_state(self, sends):
-        self.set_send(sends)
+    set_extra_state = set_send
 
     @property
     def started(self):
