@@ -14,7 +14,6 @@ config.n_chunks, never on how many ranks share the chunks.
 
 `python mos_cp.py` times a training step with the codec and without.
 """
-import copy
 import dataclasses
 import gc
 import math
@@ -581,7 +580,7 @@ class GPT(nn.Module):
         Raises ValueError if the sequence is too long, or cannot be shared out in chunks.
         """
         with kernels.compiling(self.config.compile):
-            x = self.hidden(idx)
+            x = self.hidden(idx, self.ring)
             if targets is None:
                 return self.lm_head(self.ln_f(x)), None
             mine = self.ring.shard(targets, self.config.chunk_size)
@@ -593,13 +592,13 @@ class GPT(nn.Module):
                 logits, losses = self.losses(x, mine)
             return logits, losses.sum() * self.ring.world_size / (targets != -1).sum()
 
-    def inputs(self, idx):
+    def inputs(self, idx, ring):
         """
         Whole sequences (B, T) -> the embeddings x (B, T / world_size, n_embd) of this rank's shard,
         and of every rank's RoPE's table (world_size, T / world_size, 2, hd) and tokens, with those
         before each (the first one's: itself): (world_size, B, T / world_size, guess_tokens).
         """
-        n, c, ring = idx.shape[1], self.config, self.ring
+        n, c = idx.shape[1], self.config
         check(n <= c.block_size, f'sequence length ({n}) is above block_size ({c.block_size})',
               'block_size')
         if ring.world_size == 1:  # padding: later than every real token (but in a chunk's mean)
@@ -610,11 +609,11 @@ class GPT(nn.Module):
         tokens = idx[:, back.clamp(min=0)].transpose(0, 1)
         return self.wte(tokens[ring.rank, ..., 0]), self.table[where], tokens
 
-    def hidden(self, idx):
+    def hidden(self, idx, ring):
         """All but the head: (B, T) -> (B, T / world_size, n_embd)."""
-        x, table, tokens = self.inputs(idx)
+        x, table, tokens = self.inputs(idx, ring)
         for block in self.h:
-            x = block(x, self.ring, table, tokens, self.wte.weight)
+            x = block(x, ring, table, tokens, self.wte.weight)
         return x[:, :idx.shape[1]]
 
     def pieces(self, *tensors):
@@ -638,7 +637,7 @@ class GPT(nn.Module):
         found = []
         with kernels.compiling(self.config.compile):
             mine = self.ring.shard(targets, self.config.chunk_size)
-            for x, y in self.pieces(self.hidden(idx), mine):
+            for x, y in self.pieces(self.hidden(idx, self.ring), mine):
                 logits, losses = self.losses(x, y)
                 found.append((losses, logits.argmax(-1) == y))
         return tuple(torch.cat(parts, dim=1) for parts in zip(*found))
@@ -682,7 +681,7 @@ class GPT(nn.Module):
                 x = W if of_input else W.T
                 found.append(moment(x, x.new_zeros(len(x), n)))
             return found
-        x, table, tokens = self.inputs(idx)
+        x, table, tokens = self.inputs(idx, self.ring)
         for block in self.h:
             if block in blocks:
                 normed, e = block.ln_1(x), block.ln_1(self.wte(tokens[self.ring.rank])).flatten(2)
@@ -736,11 +735,9 @@ class GPT(nn.Module):
         """
         if idx.shape[1] == 0:
             raise ValueError('generate() needs at least one token to continue')
-        alone = copy.copy(self)  # the same weights
-        alone.ring, alone.config = Ring(), copy.copy(self.config)
-        alone.config.compile = False  # every length would be compiled
         for _ in range(max_new_tokens):
-            logits = alone(idx[:, -self.config.block_size:])[0][:, -1].float() / temperature
+            x = self.hidden(idx[:, -self.config.block_size:], Ring())  # not compiled
+            logits = self.lm_head(self.ln_f(x[:, -1])).float() / temperature
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]
                 logits[logits < kth] = float('-inf')
