@@ -729,12 +729,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """
-        Continue idx (B, T) on this process alone -> (B, T + max_new_tokens). Raises ValueError if
-        there is nothing to continue.
-        """
-        if idx.shape[1] == 0:
-            raise ValueError('generate() needs at least one token to continue')
+        """Continue idx (B, T), T > 0, on this process alone -> (B, T + max_new_tokens)."""
         for _ in range(max_new_tokens):
             x = self.hidden(idx[:, -self.config.block_size:], Ring())  # not compiled
             logits = self.lm_head(self.ln_f(x[:, -1])).float() / temperature
