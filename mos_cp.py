@@ -18,7 +18,7 @@ import dataclasses
 import gc
 import math
 import statistics
-import time
+import timeit
 from collections import Counter
 from contextlib import nullcontext
 
@@ -796,43 +796,39 @@ class graphed:
 # -----------------------------------------------------------------------------
 # `python mos_cp.py`: what the codec costs a training step on one process
 
-def _milliseconds(config, batch_size, device):
+def _milliseconds(config, device):
     """Of a step, forward, backward and AdamW, in bf16: median of 6, after 4 to warm up."""
     gc.collect()  # the last call's CUDA graph, whose memory hangs in cycles
     torch.manual_seed(0)
     model = GPT(config).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device)
-    x, y = torch.randint(config.vocab_size, (2, batch_size, config.block_size), device=device)
+    batch = torch.randint(config.vocab_size, (2, 1, config.block_size), device=device).unbind()
     autocast = torch.autocast(device, torch.bfloat16, cache_enabled=False)
-    times, loss_of = [], lambda *batch: model(*batch)[1]
-    if device == 'cuda':
+    with autocast:
+        loss_of = graphed(model, *batch) if device == 'cuda' else lambda *batch: model(*batch)[1]
+
+    def step():
         with autocast:
-            loss_of = graphed(model, x, y)
-    for _ in range(10):
-        start = time.perf_counter()
-        with autocast:
-            loss = loss_of(x, y)
+            loss = loss_of(*batch)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.item()  # waits for all of it
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times[4:])
+    return statistics.median(timeit.repeat(step, number=1, repeat=10)[4:]) * 1e3
 
 
 def _benchmark():
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    rows = {'124m, T 16384': dict(n_layer=12, n_head=12, n_embd=768, block_size=16384),
+    device, chip, rows = 'cpu', 'CPU', {'tiny, T 256': {}}
+    if torch.cuda.is_available():
+        device, chip, rows = 'cuda', torch.cuda.get_device_name(), {
+            '124m, T 16384': dict(n_layer=12, n_head=12, n_embd=768, block_size=16384),
             '800m, T 32768': dict(n_layer=8, n_head=8, n_embd=2048, n_ff=8192, block_size=32768)}
-    if device == 'cpu':
-        rows = {'tiny, T 256': {}}
     codecs = dict(send='full'), dict(n_generators=0, guess_dim=0), dict(n_generators=0), {}
-    print(f'{torch.cuda.get_device_name() if device == "cuda" else "CPU"}, torch '
-          f'{torch.__version__}, bf16, compiled; ms a step of one sequence, 128 numbers\n\n'
-          '| model | full | one subspace | guess, one subspace | guess, mixture |\n' + '|---' * 5
-          + '|')
+    print(f'{chip}, torch {torch.__version__}, bf16, compiled; ms a step of one sequence, 128 '
+          'numbers\n\n| model | full | one subspace | guess, one subspace | guess, mixture |\n|'
+          + 5 * '---|')
     for name, sizes in rows.items():
-        times = [_milliseconds(GPTConfig(latent_dim=128, compile=True, **codec, **sizes), 1, device)
+        times = [_milliseconds(GPTConfig(latent_dim=128, compile=True, **codec, **sizes), device)
                  for codec in codecs]
         print(f'| {name} | ' + ' | '.join(f'{t:.1f}' for t in times) + ' |', flush=True)
 
