@@ -46,7 +46,7 @@ class Full(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.wire_dtype, self.grad_wire_dtype = config.wire_dtype, config.grad_wire_dtype
-        self.shape = 2, config.n_kv_head, config.head_dim
+        self.config, self.shape = config, (2, config.n_kv_head, config.head_dim)
 
     def weights(self, embedding, norm, c_kv):
         """
@@ -133,8 +133,7 @@ class Mixture(Full):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.config, self.frozen = config, config.subspace == 'frozen'
-        self.of_input = config.subspace_of == 'input'
+        self.frozen, self.of_input = config.subspace == 'frozen', config.subspace_of == 'input'
         # random numbers of its own: the initial weights must not depend on what is sent
         self.seed = (torch.initial_seed() * 1000 + layer) % 2**63
         rng = torch.Generator().manual_seed(self.seed)
@@ -325,13 +324,10 @@ class TopK(Full):
     """The largest entries of each token's key and of its value, and where they stood."""
     keep = True
 
-    def __init__(self, config, layer):
-        super().__init__(config, layer)
-        self.n = max(1, round(config.topk * config.n_kv_head * config.head_dim))
-
     def compress(self, x, kv, tokens, weights):
         kv = kv.flatten(3)  # (B, T, 2, d)
-        where = kv.abs().topk(self.n, dim=-1).indices
+        n = max(1, round(self.config.topk * kv.shape[-1]))
+        where = kv.abs().topk(n, dim=-1).indices
         return kv.gather(-1, where), where.to(torch.int16 if kv.shape[-1] <= 2**15 else torch.int32)
 
     def expand(self, payload, tokens, weights):
