@@ -554,6 +554,8 @@ class GPT(nn.Module):
         self.sends = 'codec'
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        # whose codec has something to start
+        self.started = [block for block in self.h if hasattr(block.attn.codec, 'start')]
         self.ln_f = Norm(config.n_embd, eps=1e-5)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         table = kernels.rope_table(config.block_size, config.head_dim, config.rope_base)
@@ -649,11 +651,6 @@ class GPT(nn.Module):
         return self.sends
 
     set_extra_state = set_send
-
-    @property
-    def started(self):
-        """The blocks whose codec has something to start."""
-        return [block for block in self.h if hasattr(block.attn.codec, 'start')]
 
     @torch.no_grad()
     def moments(self, idx=None):
