@@ -472,11 +472,10 @@ class Attention(nn.Module):
             codec = Words  # the best guess, which leaves nothing to send
         self.codec = codec and (codec(config, layer) if config.compress_last or not last
                                 else self.plain)
-        self.sends = 'codec'  # see GPT.set_send
 
     @property
     def active(self):
-        """The codec in use now; None: nothing is sent."""
+        """The codec in use now, see GPT.set_send; None: nothing is sent."""
         return {'local': None, 'full': self.plain, 'codec': self.codec}[self.sends]
 
     @kernels.fused
@@ -551,9 +550,9 @@ class GPT(nn.Module):
     def __init__(self, config, ring=None):
         super().__init__()
         self.config, self.ring = config, ring or Ring()
-        self.sends = 'codec'
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.set_send('codec')
         # whose codec has something to start
         self.started = [block for block in self.h if hasattr(block.attn.codec, 'start')]
         self.ln_f = Norm(config.n_embd, eps=1e-5)
