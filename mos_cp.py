@@ -449,9 +449,8 @@ class Norm(nn.RMSNorm):
     """RMSNorm, in autocast's dtype: rounded once, not by every matrix that multiplies it."""
 
     def forward(self, x):
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        return super().forward(x).to(torch.get_autocast_dtype(device) if autocast else x.dtype)
+        y, device = super().forward(x), x.device.type
+        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
 
 class Attention(nn.Module):
