@@ -662,16 +662,16 @@ class GPT(nn.Module):
                 rows = rows.to(kernels.accumulation_dtype(x.dtype))
                 return rows.T @ rows
 
-        c, blocks, found = self.config, self.started, []
+        c, found = self.config, []
         of_input, n = c.subspace_of == 'input', c.guess_tokens * c.n_embd * (c.guess_dim > 0)
         if idx is None:
-            for W in (block.attn.c_kv.weight for block in blocks):  # (2 d, n_embd)
+            for W in (block.attn.c_kv.weight for block in self.started):  # (2 d, n_embd)
                 x = W if of_input else W.T
                 found.append(moment(x, x.new_zeros(len(x), n)))
             return found
         x, table, tokens = self.inputs(idx, self.ring)
         for block in self.h:
-            if block in blocks:
+            if block in self.started:
                 normed, e = block.ln_1(x), block.ln_1(self.wte(tokens[self.ring.rank])).flatten(2)
                 found.append(moment(normed if of_input else block.attn.c_kv(normed), e))
             x = block(x, self.ring, table, tokens, self.wte.weight)
