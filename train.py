@@ -18,7 +18,6 @@ import math
 import os
 import re
 import signal
-import socket
 import sys
 import sysconfig
 import time
@@ -473,14 +472,8 @@ class World:
         if self.n_processes == 1:
             return
         env, cuda = os.environ, self.device.type == 'cuda'
-        first, own = env.get('MASTER_ADDR', ''), socket.gethostname()
         timeout = timedelta(seconds=c.timeout_s + 300 * c.compile)  # others may still be compiling
-        by_name = not cuda and 'GLOO_SOCKET_IFNAME' not in env  # gloo looks itself up
         try:
-            if by_name and first and self.n_local < self.world_size:
-                ours, theirs = (socket.gethostbyname(name) for name in (own, first))
-                if ours.startswith('127.') and not theirs.startswith('127.'):
-                    raise OSError(f'gloo would tell them {ours}, the address of its name {own}')
             store, _, _ = next(dist.rendezvous('env://', timeout=timeout))
             # torchrun keeps the store, with what an earlier start has left in it, over restarts
             self.store = dist.PrefixStore(env.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
@@ -493,8 +486,8 @@ class World:
         except (RuntimeError, OSError) as e:
             raise ValueError(
                 f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): has '
-                f'one stopped? Is {first} the first machine, its port open, and the network '
-                'interface (see ip address) named in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME?'
+                f'one stopped? Is {env["MASTER_ADDR"]} the first machine, its port open, and the '
+                'network interface (see ip address) in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME?'
             ) from e
         for other, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
