@@ -863,7 +863,7 @@ def test_readers(tmp_path):
     ('--rehearse=8 --n_chunks=8', r'multiple of 2 \* cp \(16\): .*--rehearse'),
     ('--compile --device=cpu', r'needs a C\+\+ compiler .* \(none\): .* leave out --compile')))
 def test_bad_flags_are_refused(argv, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
     monkeypatch.setattr(kernels, 'cannot_compile', lambda: 'none')
     with pytest.raises(SystemExit, match=message):
         train.main([f'--out_dir={tmp_path}', *argv.split()])

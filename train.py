@@ -432,11 +432,16 @@ class World:
         self.dp, self.dp_rank = self.world_size // self.cp, self.rank // self.cp
         check(n % self.dp == 0, f'gradient_accumulation_steps ({n}) must be a multiple of dp, '
               f'world size / cp ({self.dp})', 'gradient_accumulation_steps', 'cp')
-        self.n_micro, self.n_local = n // self.dp, int(env.get('LOCAL_WORLD_SIZE', 1))
+        self.n_micro = n // self.dp
         self.tokens = n * c.batch_size * c.block_size  # in an iteration
-        self.device = self.pick_device(c.device)
-        cuda, link = self.device.type == 'cuda', Link(c.link_mbps, c.latency_ms)
-        default = 'bfloat16' if cuda else 'float32'
+        n_gpus, n_local = torch.cuda.device_count(), int(env.get('LOCAL_WORLD_SIZE', 1))
+        check(c.device != 'cuda' or n_gpus >= n_local, '--device=cuda needs a GPU per process '
+              f'({n_local} processes on this machine, {n_gpus} GPUs)', 'device', 'nproc_per_node')
+        cuda = c.device != 'cpu' and n_gpus >= n_local
+        self.device = torch.device(f'cuda:{env.get("LOCAL_RANK", 0)}' if cuda else 'cpu')
+        if cuda:
+            torch.cuda.set_device(self.device)
+        link, default = Link(c.link_mbps, c.latency_ms), 'bfloat16' if cuda else 'float32'
         self.dtype = getattr(torch, default if c.dtype == 'auto' else c.dtype)
         # no cache: a weight is used once in a forward pass, and a CUDA graph must not find one
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False,
@@ -451,19 +456,6 @@ class World:
 
     def tell(self, iter_num, text):
         self.say(f'iter {iter_num:>{self.width}}: {text}')
-
-    def pick_device(self, wanted):
-        n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        said = f'{self.n_local} processes on this machine, {n_gpus} GPUs'
-        enough = n_gpus >= self.n_local
-        check(wanted != 'cuda' or enough, f'--device=cuda needs a GPU per process ({said})',
-              'device', 'nproc_per_node')
-        if wanted == 'cpu' or not enough:
-            self.say(f'running on CPU: {said}' * (n_gpus > 0 and wanted == 'auto'))
-            return torch.device('cpu')
-        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-        torch.cuda.set_device(device)
-        return device
 
     def join(self, c, facts):
         """Make the process groups. facts: {name: value}, the same on all. Raises ValueError."""
