@@ -825,9 +825,8 @@ def set_up(argv):
 
 def main(argv=None):
     """One training run. Returns a dict: the log's last values and records, iter_num, the model."""
-    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to end
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')
+    if hasattr(sys.stdout, 'reconfigure'):  # what a terminal cannot show is no reason to end
+        sys.stdout.reconfigure(errors='backslashreplace')  # as it is for stderr
     try:
         if not (run := set_up(argv)):
             return None
