@@ -588,13 +588,10 @@ def change_send(c, model, batches, world, iter_num):
     if before != 'codec' and now == 'codec' and model.started:
         start_codecs(c, model, batches, world, iter_num)
     model.set_send(now)
-    n = 2 * model.config.n_kv_head * model.config.head_dim
-    sends = c.send if model.sends == 'codec' else model.sends
-    codec = f'the codec {"starts" if iter_num == c.warm_start else "goes on"}'  # after a resume
-    what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed',
-            'mixture': f'{codec}, {c.latent_dim} of {n} numbers a token and layer'
-                       + '; none for the first layer' * (c.guess_dim > 0)}
-    world.tell(iter_num, what.get(sends, f'{codec}: {sends}') + '; compiling ...' * c.compile)
+    said = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed'}.get(
+        c.send if now == 'codec' else now,
+        f'the codec {"starts" if iter_num == c.warm_start else "goes on"}')  # after a resume
+    world.tell(iter_num, said + '; compiling ...' * c.compile)
     if c.compile and world.device.type == 'cuda' and not world.ring.link.dialled:
         with world.autocast:
             return graphed(model, *batches.training(iter_num, 0))
