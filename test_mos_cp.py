@@ -1103,7 +1103,7 @@ def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
     # K, V, K, V again and their gradients would have travelled
     assert records[5]['compression'] == pytest.approx(1 - 6 / (3 * 2 * 32))
     assert 'received 24 + 24 bytes a token and layer' in said[0]
-    assert re.search(r'^  total +[\d.,]+ +[\d.,]+$', said[0], re.MULTILINE)
+    assert 'rank 0 sent 0.0 MB over the ring (uncompressed: ' in said[0]
 
 
 def report_meter(rank):

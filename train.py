@@ -763,11 +763,9 @@ def describe(c, model, batches, world, at):
 def summarize(meter, full, world):
     """What a run came to. full: bytes that a rank would have sent over the ring uncompressed."""
     ring, sync = meter['sent_fwd'] + meter['sent_bwd'], meter['sent_sync']
-    if full or sync:
-        world.say(f'MB sent by rank {world.ring.rank:<5}      sent  uncompressed')
-        for name, sent, of in (('ring', ring, full), ('sync', sync, sync),
-                               ('total', ring + sync, full + sync)):
-            world.say(f'  {name:<18}{sent / 1e6:>12,.1f}{of / 1e6:>14,.1f}')
+    if world.world_size > 1:
+        world.say(f'rank {world.ring.rank} sent {ring / 1e6:,.1f} MB over the ring (uncompressed: '
+                  f'{full / 1e6:,.1f}) and {sync / 1e6:,.1f} MB for syncs')
     if world.device.type == 'cuda':
         peak = torch.cuda.max_memory_allocated() / 1e9
         world.say(f'peak memory of rank {world.ring.rank}: {peak:.2f} GB')
