@@ -1006,8 +1006,7 @@ def test_rehearsal_and_evaluation_leave_no_trace(tmp_path, capfd):
     result = small_run(tmp_path, '--rehearse=4', '--sync_every=4')
     small_run(tmp_path, '--eval_only', '--link_mbps=9')
     said, steps = capfd.readouterr().out, [r for r in result['records'] if 'loss' in r]
-    for sentence in ('a rehearsal of rank 2 of 4', 'of the initial weights', '--link_mbps and'):
-        assert sentence in said
+    assert 'a rehearsal of rank 2 of 4' in said
     assert not list(tmp_path.iterdir()) and all(math.isfinite(r['loss']) for r in steps)
     assert steps[-1]['received_fwd'] and steps[-1]['received_sync']
 

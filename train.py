@@ -451,7 +451,7 @@ class World:
         self.terminated = self.stopping = False  # SIGTERM came; and all know it
 
     def say(self, text):
-        if self.master and text:
+        if self.master:
             print(text, flush=True)
 
     def tell(self, iter_num, text):
@@ -732,32 +732,22 @@ class Log:
 
 
 def describe(c, model, batches, world, at):
-    preset, say = {**DEFAULTS, **PRESETS[c.preset]}, world.say
-    changed = ', '.join(f'{k}={v}' for k, v in vars(c).items() if k != 'preset' and v != preset[k])
-    say(f'preset {c.preset}' + f' with {changed}' * bool(changed))
-    vocab_size, n = model.config.vocab_size, model.get_num_params()
-    say(f'{n / 1e6:.2f}M parameters, {vocab_size * c.n_embd / 1e6:.2f}M of them for a vocabulary '
-        f'of {vocab_size}' + f" (GPT-2's has {GPT2_VOCABULARY})" * (c.preset == '124m'))
+    say, n = world.say, model.get_num_params()
+    say(f'{n / 1e6:.2f}M parameters, vocabulary {model.config.vocab_size}')
     say(f'{world.n_processes} process(es) {"as one of" if c.rehearse else "="} dp {world.dp} x cp '
         f'{world.cp} on {world.device.type}, {world.dtype}; attention by '
         + kernels.attention_backend(world.device.type, world.dtype, model.config.head_dim))
     for what, shards in (('training', batches.train), ('validation', batches.val)):
         if shards:
-            n, short = sum(map(len, shards)), sum(len(s) <= c.block_size for s in shards)
-            say(f'{what} data: {n:,} {"bytes" if shards[0].dtype == np.uint8 else "tokens"} in '
-                f'{len(shards)} file(s)' + f', {short} too short for block_size' * bool(short)
+            n = sum(map(len, shards))
+            say(f'{what} data: {n:,} tokens in {len(shards)} file(s)'
                 + f'; {c.max_iters * world.tokens / n:.2g} passes' * (what == 'training'))
-    for holds, note in (
-            (world.cp == 1, 'a ring of one: no keys and values cross a wire'),
-            (world.world_size == 1 and world.ring.link.dialled,
-             'one process: --link_mbps and --latency_ms slow nothing down'),
-            (c.eval_only and c.init_from == 'scratch',
-             '--eval_only without --init_from=resume: of the initial weights'),
-            (c.rehearse, f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory '
-             'and bytes. The losses mean nothing; nothing is validated or saved'),
-            (at.iter_num, f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of '
-             f'{c.max_iters}' + '; to go on, raise --max_iters' * (at.iter_num >= c.max_iters))):
-        say(note if holds else '')
+    if c.rehearse:
+        say(f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory and bytes. The '
+            'losses mean nothing; nothing is validated or saved')
+    if at.iter_num:
+        say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}'
+            + '; to go on, raise --max_iters' * (at.iter_num >= c.max_iters))
 
 
 def summarize(meter, full, world):
