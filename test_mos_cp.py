@@ -852,7 +852,7 @@ def test_readers(tmp_path):
     ('--learning_rate=nan', r'learning_rate \(nan\) must be at least 0'),
     ('--seed=18446744073709551616', r'seed \(\d+\) must be at least 0 and below 2\^63'),
     ('--block_size=1600000', r'\(1600000\) must be below the length of the validation data'),
-    ('--init_from=resume', 'no .*ckpt.pt'), ('--data=no/such', "no file matches 'no/such'"),
+    ('--init_from=resume', 'ckpt.pt is missing'), ('--data=no/such', "no file matches 'no/such'"),
     (f'--out_dir={__file__}/x', r'x cannot be read or made \(Not a directory\)'),
     ('--data=/', r'/ cannot be read or made \(Is a directory\)'),
     ('--out_dir=/sys/x', '/sys/x cannot be read or made .* change .*--out_dir'),
@@ -1393,7 +1393,7 @@ def test_bad_checkpoints_are_refused(reference_run, tmp_path):
     checkpoint = torch.load(reference_run[0] / 'ckpt.pt', weights_only=True)
     other = {k: v for k, v in checkpoint['config'].items() if k != 'cp'}
     for message, contents in (
-            ('is damaged, or no checkpoint', (
+            ('is missing, damaged, or no checkpoint', (
                 whole[:len(whole) // 2], b'', b'something else', Path('code that must not run'),
                 torch.ones(3), {'model': {}})),
             ('is .*no checkpoint of this version .*--cp', [{**checkpoint, 'config': other}])):

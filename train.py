@@ -533,15 +533,14 @@ def replace(path, write):
 
 def load_checkpoint(path):
     """A checkpoint as `save` left it, on the CPU. Raises ValueError if it is not one."""
-    check(path.exists(), f'there is no {path} here to resume from', 'init_from', 'out_dir')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         if odd := checkpoint['config'].keys() ^ DEFAULTS.keys():
             raise KeyError(f'--{min(odd)}')
         return {k: checkpoint[k] for k in ('model', 'optimizer', 'config', *STATE)}
     except Exception as e:  # whatever a damaged or foreign file makes of it
-        raise ValueError(f'{path} is damaged, or no checkpoint of this version of the code '
-                         f'({e!r:.99}): change --init_from or --out_dir') from e
+        raise ValueError(f'{path} is missing, damaged, or no checkpoint of this version of the '
+                         f'code ({e!r:.99}): change --init_from or --out_dir') from e
 
 
 def build(c, world, checkpoint):
