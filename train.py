@@ -252,12 +252,7 @@ def read_tokens(path):
             raise ValueError(f'{path} has header version {header[1]} and {header[2]} tokens, but '
                              f'must have {version} and, by its size, {n_tokens} tokens')
         return np.memmap(path, dtype, 'r', offset=1024)
-    tokens = np.memmap(path, np.uint16, 'r')
-    some = tokens[:200_000]
-    if size % 4 == 0 and some[1::2].max() < min(some[::2].max(), 16):
-        raise ValueError(f'{path} seems to hold uint32 tokens (every second uint16 is below 16): '
-                         "save them as uint16, or with llm.c's header")
-    return tokens
+    return np.memmap(path, np.uint16, 'r')
 
 
 def read_all(pattern):
