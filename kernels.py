@@ -56,14 +56,6 @@ def fused(f):
     return wrapper
 
 
-def cannot_compile():
-    """Why torch.compile does not work on this CPU, in a few words, or None."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(2))
-    except Exception as e:  # no compiler, or one that does not know these instructions
-        return str(e).split('\n')[0][:120]
-
-
 # -----------------------------------------------------------------------------
 # One attention kernel: queries against keys, with the log-sum-exp by which blocks are merged.
 # Each is a pair, in PyTorch's own layout (B, H, T, hd),

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -710,7 +711,7 @@ def test_compiled_equals_eager(tmp_path, monkeypatch):
     """
     # not what another ATEN_CPU_CAPABILITY compiled: that may give NaN
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
-    if not kernels.cannot_compile():
+    if shutil.which('g++'):
         x = torch.randn(9, 7, generator=seeded(0))
         with kernels.compiling(True):
             assert torch.equal(kernels.fused(kernels.quantize)(x, 4), kernels.quantize(x, 4))
@@ -858,11 +859,9 @@ def test_readers(tmp_path):
     ('--tflops=0', r'tflops \(0.0\) must be'), ('--vocab_size=99', r'outside vocab_size \(99'),
     ('--plan --cp=3', r'n_chunks \(16\) must be a multiple of 2 \* cp \(6\): change --n_chunks'),
     ('--rehearse=4 --cp=2', r'cp \(2\) must be 0 or rehearse \(4\)'),
-    ('--rehearse=8 --n_chunks=8', r'multiple of 2 \* cp \(16\): .*--rehearse'),
-    ('--compile --device=cpu', r'needs a C\+\+ compiler .* \(none\): .* leave out --compile')))
+    ('--rehearse=8 --n_chunks=8', r'multiple of 2 \* cp \(16\): .*--rehearse')))
 def test_bad_flags_are_refused(argv, message, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
-    monkeypatch.setattr(kernels, 'cannot_compile', lambda: 'none')
     with pytest.raises(SystemExit, match=message):
         train.main([f'--out_dir={tmp_path}', *argv.split()])
     assert not (tmp_path / 'ckpt.pt').exists()

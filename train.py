@@ -774,9 +774,6 @@ def set_up(argv):
             return plan(sys.argv[1:] if argv is None else argv)
         world = World(c)
         batches = Batches(c, world)
-        if c.compile and world.device.type == 'cpu' and (why := kernels.cannot_compile()):
-            raise ValueError('--compile needs a C++ compiler that PyTorch can use, for example '
-                             f'g++, and has none ({why}): install one, or leave out --compile')
         at = argparse.Namespace(**{k: (checkpoint or STATE)[k] for k in STATE})
         world.join(c, {  # what all ranks must agree on
             **{f'--{k}': v for k, v in vars(c).items() if k not in ('out_dir', 'data', 'val_data')},
