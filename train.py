@@ -785,7 +785,7 @@ def main(argv=None):
     try:
         if not (run := set_up(argv)):
             return None
-        c, model, _, _, world, *_ = run
+        c, model, _, _, world, log, _ = run
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(world, 'terminated', True))
         try:
             result = train(*run)
@@ -799,8 +799,7 @@ def main(argv=None):
     if world.stopping:
         world.say('stopped by SIGTERM; --init_from=resume goes on')
         sys.exit(128 + signal.SIGTERM)
-    bytes_alone = model.config.vocab_size == 256
-    if world.master and bytes_alone and c.sample_tokens and not c.eval_only and not c.rehearse:
+    if log.writes and model.config.vocab_size == 256 and c.sample_tokens:
         sample(c, model, world)
     return result
 
