@@ -180,10 +180,9 @@ def parse_config(argv):
     if config['init_from'] == 'resume' or config['init_from'] == 'auto' and path.exists():
         checkpoint = load_checkpoint(path)
         saved = checkpoint['config']
-        for name in {*MODEL_FLAGS, 'preset', 'method'} - set(HERE_FLAGS):
-            if given.get(name, saved[name]) != saved[name]:
-                raise ValueError(f'--{name}={given[name]} differs from the checkpoint, which has '
-                                 f'{saved[name]}')
+        for name in given.keys() & ({*MODEL_FLAGS, 'preset', 'method'} - set(HERE_FLAGS)):
+            check(given[name] == saved[name], f'--{name}={given[name]} differs from the '
+                  f'checkpoint, which has {saved[name]}', name)
         config = {**saved, **{name: config[name] for name in (*given, *HERE_FLAGS)}}
     c = argparse.Namespace(**config)
     check_values(c)
