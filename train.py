@@ -730,17 +730,6 @@ def describe(c, model, batches, world, at):
             + '; to go on, raise --max_iters' * (at.iter_num >= c.max_iters))
 
 
-def summarize(meter, full, world):
-    """What a run came to. full: bytes that a rank would have sent over the ring uncompressed."""
-    ring, sync = meter['sent_fwd'] + meter['sent_bwd'], meter['sent_sync']
-    if world.world_size > 1:
-        world.say(f'rank {world.ring.rank} sent {ring / 1e6:,.1f} MB over the ring (uncompressed: '
-                  f'{full / 1e6:,.1f}) and {sync / 1e6:,.1f} MB for syncs')
-    if world.device.type == 'cuda':
-        peak = torch.cuda.max_memory_allocated() / 1e9
-        world.say(f'peak memory of rank {world.ring.rank}: {peak:.2f} GB')
-
-
 def sample(c, model, world):
     """Continue --prompt, which is bytes."""
     prompt = torch.tensor([list(os.fsencode(c.prompt) or b'\n')], device=world.device)
@@ -853,10 +842,17 @@ def train(c, model, optimizer, batches, world, log, at):
             losses = []
         if len(record) > 1:
             log.write(record)
-    if n := at.iter_num - first.iter_num:
-        world.say(f'{n} iterations, {n * world.tokens:,} tokens in '
-                  f'{at.seconds - first.seconds:.0f}s')
-        summarize(meter, n * log.full, world)
+
+    # -- what it came to
+    n, rank = at.iter_num - first.iter_num, world.ring.rank
+    world.say(f'{n} iterations, {n * world.tokens:,} tokens in {at.seconds - first.seconds:.0f}s')
+    if world.world_size > 1:
+        sent = (meter['sent_fwd'] + meter['sent_bwd']) / 1e6
+        world.say(f'rank {rank} sent {sent:,.1f} MB over the ring (uncompressed: '
+                  f'{n * log.full / 1e6:,.1f}) and {meter["sent_sync"] / 1e6:,.1f} MB for syncs')
+    if world.device.type == 'cuda':
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        world.say(f'peak memory of rank {rank}: {peak:.2f} GB')
     last = {key: value for record in log.records for key, value in record.items()}
     return {**last, 'iter_num': at.iter_num, 'records': log.records, 'model': model}
 
