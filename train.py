@@ -730,14 +730,6 @@ def describe(c, model, batches, world, at):
             + '; to go on, raise --max_iters' * (at.iter_num >= c.max_iters))
 
 
-def sample(c, model, world):
-    """Continue --prompt, which is bytes."""
-    prompt = torch.tensor([list(os.fsencode(c.prompt) or b'\n')], device=world.device)
-    with world.autocast:
-        text = model.generate(prompt, c.sample_tokens, temperature=0.8, top_k=50)[0]
-    world.say('--- sample\n' + bytes(text.tolist()).decode(errors='replace'))
-
-
 # -----------------------------------------------------------------------------
 # The run
 
@@ -788,7 +780,10 @@ def main(argv=None):
         world.say('stopped by SIGTERM; --init_from=resume goes on')
         sys.exit(128 + signal.SIGTERM)
     if log.writes and model.config.vocab_size == 256 and c.sample_tokens:
-        sample(c, model, world)
+        prompt = torch.tensor([list(os.fsencode(c.prompt) or b'\n')], device=world.device)
+        with world.autocast:
+            text = model.generate(prompt, c.sample_tokens, temperature=0.8, top_k=50)[0]
+        world.say('--- sample\n' + bytes(text.tolist()).decode(errors='replace'))
     return result
 
 
