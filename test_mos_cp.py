@@ -155,9 +155,7 @@ def test_rope():
 # -----------------------------------------------------------------------------
 # ring.py: the layout, the simulated link, and whose fault it is
 
-def test_causal_work_is_shared_evenly():
-    for P in (2, 3, 4):  # chunk c: c blocks below the diagonal, half on it
-        assert len({sum(2 * c + 1 for c in zigzag(4 * P, P, r)) for r in range(P)}) == 1
+def test_few_kernels():
     assert len(visible(1, 16, 0, 0)) == 4  # 8, 4, 2, 1 chunks at a time
 
 
