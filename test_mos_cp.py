@@ -172,13 +172,14 @@ class FakeLink(Link):
 
 def test_link():
     """8 Mbps is a byte a microsecond."""
-    link, no_limit = FakeLink(mbps=8, latency_ms=100), FakeLink(latency_ms=1)
+    link, cpu = FakeLink(mbps=8, latency_ms=100), torch.device('cpu')
+    assert [link.send(10**6, cpu).item() for _ in range(2)] == pytest.approx([1, 2])  # in a queue
     # sent back to back the latency is not paid again; from another sender as fast as we receive
     for left, arrives in ((1.0, 1.1), (2.0, 2.1), (2.0, 3.1)):
         link.receive(10**6, left)
         assert link.time == pytest.approx(arrives)
-    assert no_limit.dialled and no_limit.send(10**9, torch.device('cpu')) == 0
-    assert not Link().dialled
+    no_limit = FakeLink(latency_ms=1)
+    assert no_limit.dialled and no_limit.send(10**9, cpu).item() == 0.0 and not Link().dialled
 
 
 def test_only_a_lost_peer_is_a_peer_error():
