@@ -639,10 +639,11 @@ def test_int4_and_topk_keep_what_they_say():
     assert (size.masked_fill(~kept, 999).amin(-1) >= size.masked_fill(kept, 0).amax(-1)).all()
 
 
-def test_exact_local_and_unplugged_models_are_exact():
+def test_what_loses_nothing():
     """
     Nothing is compressed in a single chunk, unless exact_local is off; once unplugged; and in the
-    first layer, with a guess, where nothing is sent either.
+    first layer, with a guess, where nothing is sent either. And a codec of all 32 directions of
+    keys and values, started from these tokens, rebuilds them.
     """
     plain, local = (small_model(send=send) for send in ('full', 'local'))
     expected, first = plain(IDX)[0], dict(n_layer=1, wire_dtype='int4')
@@ -664,13 +665,7 @@ def test_exact_local_and_unplugged_models_are_exact():
         assert torch.equal(other(IDX)[0], expected)
         missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
         assert not missing and all('codec' in name for name in unexpected)
-
-
-@pytest.mark.parametrize('of', ('input', 'kv'))
-def test_as_many_numbers_as_there_are_lose_nothing(of):
-    """A codec of all 32 directions of keys and values, started from these tokens, rebuilds them."""
-    expected = small_model(send='full')(IDX)[0]
-    for guess_dim in (0, 5):
+    for of, guess_dim in itertools.product(('input', 'kv'), (0, 5)):
         model = small_model(subspace_of=of, latent_dim=32, guess_dim=guess_dim)
         model.set_send('full')
         model.start_codecs(model.moments(IDX))
