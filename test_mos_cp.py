@@ -1015,16 +1015,22 @@ def test_needle_is_found_through_the_compressor_alone(tmp_path, capfd):
     assert float(said[0]) < 20 and float(said[-1]) > 50  # which a loss below 0.3 implies
 
 
-def test_validation_reads_val_data_and_may_keep_only_the_best(tmp_path, monkeypatch):
+def test_paths_and_only_the_best_checkpoint(tmp_path, monkeypatch):
+    """Validation reads --val_data. It gets worse and worse. ~ is a home; any name, any terminal."""
     monkeypatch.setenv('HOME', str(tmp_path))
     for name in 'ab':
         (tmp_path / name).write_text(1000 * name)
     argv = '--data=~/a', f'--val_data={tmp_path}/[b]', '--learning_rate=0.02'
     records = small_run(tmp_path, *argv, '--always_save_checkpoint=False')['records']
     assert records[-1]['val_loss'] > records[0]['val_loss'] > records[11]['loss'] + 1
-    assert not (tmp_path / 'ckpt.pt').exists()  # it got worse and worse
-    small_run(tmp_path, *argv)
-    assert (tmp_path / 'ckpt.pt').exists()
+    assert not (tmp_path / 'ckpt.pt').exists()
+    folder = tmp_path / 'caf\udce9'  # in Latin-1
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding='cp1252')
+    monkeypatch.setattr(sys, 'stdout', stdout)
+    small_run('~/' + folder.name, *argv, '--sample_tokens=20', '--prompt=caf\udce9')
+    stdout.flush()
+    assert b'--- sample\ncaf\\ufffd' in stdout.buffer.getvalue()
+    assert (folder / 'ckpt.pt').exists()
 
 
 def test_life_of_the_codec(tmp_path, monkeypatch, capfd):
@@ -1339,18 +1345,6 @@ def test_there_is_always_a_whole_checkpoint(tmp_path, monkeypatch):
     small_run(tmp_path, *resume)
     assert whole == [[12, 6]]
     assert [r['iter'] for r in read_log(tmp_path)] == [*range(13)]
-
-
-def test_out_dir(tmp_path, monkeypatch):
-    """~ is a home; any name, any terminal."""
-    monkeypatch.setenv('HOME', str(tmp_path))
-    folder = tmp_path / 'caf\udce9'  # in Latin-1
-    stdout = io.TextIOWrapper(io.BytesIO(), encoding='cp1252')
-    monkeypatch.setattr(sys, 'stdout', stdout)
-    small_run('~/' + folder.name, '--sample_tokens=20', '--prompt=caf\udce9')
-    stdout.flush()
-    assert b'--- sample\ncaf\\ufffd' in stdout.buffer.getvalue()
-    assert (folder / 'ckpt.pt').exists()
 
 
 def test_bad_checkpoints_are_refused(reference_run, tmp_path):
