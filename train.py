@@ -122,7 +122,6 @@ HERE_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'r
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, datasheets, for the MFU
 STATE = {'iter_num': 0, 'best_val_loss': math.inf, 'seconds': 0.0}  # of a run, and at its start
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run stops
-GPT2_VOCABULARY = 50304  # rounded up to a multiple of 64
 
 
 def fail(message):
@@ -194,7 +193,7 @@ def model_config(c):
     if c.data == 'needle':
         config['vocab_size'] = c.block_size // 2 * (N_VALUES + 1)
     elif c.data.endswith('.bin'):
-        config['vocab_size'] = c.vocab_size or GPT2_VOCABULARY
+        config['vocab_size'] = c.vocab_size or 50304  # GPT-2's, rounded up to a multiple of 64
     return GPTConfig(**config)
 
 
@@ -428,12 +427,15 @@ class World:
         self.n_micro = n // self.dp
         self.tokens = n * c.batch_size * c.block_size  # in an iteration
         n_gpus, n_local = torch.cuda.device_count(), int(env.get('LOCAL_WORLD_SIZE', 1))
+        said = f'{n_local} processes on this machine, {n_gpus} GPUs'
         check(c.device != 'cuda' or n_gpus >= n_local, '--device=cuda needs a GPU per process '
-              f'({n_local} processes on this machine, {n_gpus} GPUs)', 'device', 'nproc_per_node')
+              f'({said})', 'device', 'nproc_per_node')
         cuda = c.device != 'cpu' and n_gpus >= n_local
         self.device = torch.device(f'cuda:{env.get("LOCAL_RANK", 0)}' if cuda else 'cpu')
         if cuda:
             torch.cuda.set_device(self.device)
+        elif c.device == 'auto' and n_gpus:
+            self.say(f'running on CPU: {said}')
         link, default = Link(c.link_mbps, c.latency_ms), 'bfloat16' if cuda else 'float32'
         self.dtype = getattr(torch, default if c.dtype == 'auto' else c.dtype)
         # no cache: a weight is used once in a forward pass, and a CUDA graph must not find one
