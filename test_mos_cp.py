@@ -184,8 +184,10 @@ def test_link():
 
 def test_only_a_lost_peer_is_a_peer_error():
     """What is wrong on this rank keeps its own name."""
-    with pytest.raises(RuntimeError, match='^CUDA$'), waiting('rank 1', 'the exchange'):
-        raise torch.OutOfMemoryError('CUDA')
+    for error in (torch.OutOfMemoryError('CUDA'), RuntimeError('shape'), ValueError('x')):
+        with pytest.raises(type(error)) as raised, waiting('rank 1', 'the exchange'):
+            raise error
+        assert raised.value is error
 
 
 # -----------------------------------------------------------------------------
