@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -1324,29 +1324,36 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_there_is_always_a_whole_checkpoint(tmp_path, monkeypatch):
-    """The old one until the new one takes its place; on a full disk too."""
+def test_there_is_always_a_whole_checkpoint(tmp_path, capfd, monkeypatch):
+    """The old one until the new one takes its place; on a full disk, and of the log whole lines."""
     small_run(tmp_path, '--max_iters=6')
     path, log, whole = tmp_path / 'ckpt.pt', tmp_path / 'log.jsonl', []
-    before, replace = (path.read_bytes(), log.read_bytes()), os.replace
+    before, replace, write = (path.read_bytes(), log.read_bytes()), os.replace, train.Log.write
     resume = '--init_from=resume', '--max_iters=12'
     with full_disk(1000), pytest.raises(SystemExit, match='a file cannot be .*too large'):
         small_run(tmp_path, *resume)
     assert (path.read_bytes(), log.read_bytes()) == before
-    with full_disk(20_000), pytest.raises(RuntimeError):  # torch has its own words for it
-        small_run(tmp_path, *resume)
-    assert path.read_bytes() == before[0] and not list(tmp_path.glob('*.tmp'))
+    with full_disk(20_000):
+        result = small_run(tmp_path, *resume)
+    assert result['iter_num'] == 12 and path.read_bytes() == before[0]
+    assert not list(tmp_path.glob('*.tmp'))
+    sentence = 'could not write .*ckpt.pt .*; the checkpoint before it is untouched'
+    assert re.search(sentence, capfd.readouterr().err)
 
     def replacing(source, target):
         if target == path:
             whole.append([train.load_checkpoint(f)['iter_num'] for f in (source, target)])
         replace(source, target)
 
+    def sometimes_full(self, record):  # during iteration 8
+        with full_disk(log.stat().st_size + 5) if record['iter'] == 8 else nullcontext():
+            write(self, record)
     monkeypatch.setattr(os, 'replace', replacing)
+    monkeypatch.setattr(train.Log, 'write', sometimes_full)
     (tmp_path / 'ckpt.tmp').touch()  # of a run that was killed
     small_run(tmp_path, *resume)
     assert whole == [[12, 6]]
-    assert [r['iter'] for r in read_log(tmp_path)] == [*range(13)]
+    assert [r['iter'] for r in read_log(tmp_path)] == [*range(8), *range(9, 13)]
 
 
 def test_bad_checkpoints_are_refused(reference_run, tmp_path):

@@ -10,6 +10,7 @@ sent, ring.py the wire.
 """
 import argparse
 import difflib
+import errno
 import glob
 import inspect
 import json
@@ -624,11 +625,15 @@ def save(c, model, optimizer, world, at):
     if not world.master:  # writing may take longer than a silent peer is waited for
         with waiting('rank 0', 'saving a checkpoint'):
             return world.store.wait([written], timedelta(minutes=10))
-    checkpoint = {
+    path, checkpoint = Path(c.out_dir, 'ckpt.pt'), {
         'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
         'model_args': vars(model.config),  # GPTConfig(**model_args) is the model, as in nanoGPT
         **vars(at)}
-    replace(Path(c.out_dir, 'ckpt.pt'), lambda f: torch.save(checkpoint, f))
+    try:
+        replace(path, lambda f: torch.save(checkpoint, f))
+    except (OSError, RuntimeError) as e:  # torch has its own words for a disk that is full
+        print(f'train.py: could not write {path} ({str(e.args[-1]).splitlines()[0]}); the '
+              'checkpoint before it is untouched', file=sys.stderr)
     if world.store:
         world.store.set(written, '')
 
@@ -707,10 +712,18 @@ class Log:
                 **{k: sync[k] for k in ('sent_sync', 'received_sync')}}
 
     def write(self, record):
+        """A full disk is said, and does not end the run."""
         self.records.append(record)
-        if self.writes:
-            with open(self.path, 'ab') as f:
-                f.write(self.line(record))
+        if not self.writes:
+            return
+        try:
+            with open(self.path, 'ab', buffering=0) as f:
+                size, line = f.tell(), self.line(record)
+                if f.write(line) < len(line):
+                    f.truncate(size)  # half a line is none
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            print(f'train.py: could not write {self.path} ({e.strerror})', file=sys.stderr)
 
 
 def describe(c, model, batches, world, at):
