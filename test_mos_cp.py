@@ -1359,12 +1359,16 @@ def test_there_is_always_a_whole_checkpoint(tmp_path, capfd, monkeypatch):
 def test_bad_checkpoints_are_refused(reference_run, tmp_path):
     whole, path = (reference_run[0] / 'ckpt.pt').read_bytes(), tmp_path / 'ckpt.pt'
     checkpoint = torch.load(reference_run[0] / 'ckpt.pt', weights_only=True)
+    wrong = dict(checkpoint['model'], **{'wte.weight': torch.ones(256, 16)})
     other = {k: v for k, v in checkpoint['config'].items() if k != 'cp'}
+    changes = ({'model': wrong}, {'model': {}}, {'optimizer': {}},
+               {'optimizer': {'state': {}, 'param_groups': []}})
     for message, contents in (
             ('is missing, damaged, or no checkpoint', (
                 whole[:len(whole) // 2], b'', b'something else', Path('code that must not run'),
                 torch.ones(3), {'model': {}})),
-            ('is .*no checkpoint of this version .*--cp', [{**checkpoint, 'config': other}])):
+            ('is .*no checkpoint of this version .*--cp', [{**checkpoint, 'config': other}]),
+            ('does not fit the model', [{**checkpoint, **change} for change in changes])):
         for content in contents:
             torch.save(content, path)
             if isinstance(content, bytes):

@@ -554,9 +554,17 @@ def build(c, world, checkpoint):
             optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p),
                                       exp_avg_sq=torch.zeros_like(p))
     if checkpoint:
-        model.load_state_dict(checkpoint['model'])
-        options, state = optimizer.state_dict(), checkpoint['optimizer']['state']
-        optimizer.load_state_dict({**options, 'state': state})  # with this run's options
+        own = optimizer.state_dict()
+        try:
+            model.load_state_dict(checkpoint['model'])
+            state = checkpoint['optimizer']['state']
+            if state.keys() != own['state'].keys():
+                raise ValueError('other parameters')
+            optimizer.load_state_dict({**own, 'state': state})  # with this run's options
+        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as e:
+            raise ValueError(
+                f'{Path(c.out_dir) / "ckpt.pt"} does not fit the model that its own flags describe '
+                f'({str(e).split(":")[0]}): change --init_from or --out_dir') from e
     world.broadcast(model.parameters(), 'the first weights')
     return model, optimizer
 
