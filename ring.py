@@ -44,7 +44,7 @@ def zigzag(n, world_size, rank):
         return list(range(n))
     if n % (2 * world_size):
         raise ValueError(f'n_chunks ({n}) must be a multiple of 2 * cp ({2 * world_size}): '
-                         'change --n_chunks, --cp or --rehearse')
+                         'change --n_chunks or --cp')
     half = n // (2 * world_size)
     back = n - (rank + 1) * half
     return [*range(rank * half, (rank + 1) * half), *range(back, back + half)]

@@ -840,8 +840,9 @@ def test_readers(tmp_path):
     ('--device=cuda', r'a GPU per process \(1 processes on this machine, 0 GPUs\)'),
     ('--tflops=0', r'tflops \(0.0\) must be'), ('--vocab_size=99', r'outside vocab_size \(99'),
     ('--plan --cp=3', r'n_chunks \(16\) must be a multiple of 2 \* cp \(6\): change --n_chunks'),
+    ('--rehearse=1', r'rehearse \(1\) must be 0 or at least 2'),
     ('--rehearse=4 --cp=2', r'cp \(2\) must be 0 or rehearse \(4\)'),
-    ('--rehearse=8 --n_chunks=8', r'multiple of 2 \* cp \(16\): .*--rehearse')))
+    ('--rehearse=8 --n_chunks=8', r'rehearse \(8\) must be a divisor of n_chunks / 2 \(4\): ch')))
 def test_bad_flags_are_refused(argv, message, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
     with pytest.raises(SystemExit, match=message):

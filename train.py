@@ -208,7 +208,9 @@ def check_values(c):
     for name, holds, what in (
             ('beta1', c.beta1 < 1, 'below 1'), ('beta2', c.beta2 < 1, 'below 1'),
             ('n_chunks', c.data != 'needle' or c.n_chunks % 2 == 0, 'even with --data=needle'),
-            ('tflops', c.tflops > 0, 'above 0'),
+            ('tflops', c.tflops > 0, 'above 0'), ('rehearse', c.rehearse != 1, '0 or at least 2'),
+            ('rehearse', not c.rehearse or c.n_chunks % (2 * c.rehearse) == 0,
+             f'a divisor of n_chunks / 2 ({c.n_chunks / 2:g})'),
             ('cp', not c.rehearse or c.cp in (0, c.rehearse), f'0 or rehearse ({c.rehearse})'),
             ('warm_start', c.send == 'local' or not 0 < c.max_iters <= c.warm_start,
              f'below max_iters ({c.max_iters}), or it never ends'),
