@@ -812,6 +812,16 @@ def test_readers(tmp_path):
         load(pattern, plain, 600)
 
 
+@pytest.mark.parametrize('most', (80, 4096))
+def test_more_files_than_descriptors(tmp_path, most):
+    code = (f'import resource as r, train; r.setrlimit(r.RLIMIT_NOFILE, (80, {most}))\n'
+            f'train.main(["--data={tmp_path}/*.txt", "--out_dir={tmp_path}", "--max_iters=0"])')
+    for i in range(100):
+        (tmp_path / f'{i}.txt').write_text(1000 * 'text ')
+    done = subprocess.run([sys.executable, '-OO', '-c', code], capture_output=True, text=True)
+    assert 'in 100 file(s)' in done.stdout or most == 80 and 'raise ulimit -n' in done.stderr, done
+
+
 @pytest.mark.parametrize('argv, message', (
     ('--blok_size=8', 'unknown argument --blok_size; the nearest flag is --block_size'),
     ('config/x.py', r'unknown argument config/x.py: flags only, --key=value'),

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import sysconfig
@@ -260,6 +261,9 @@ def read_all(pattern):
     found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     paths = [p for p in found if os.path.getsize(p) and (os.path.isfile(p) or p == pattern)]
     check(paths, f'no file matches {pattern!r}, or it is empty', 'data', 'val_data')
+    needed, (soft, hard) = len(paths) + 500, resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed <= hard:  # every mapped file holds a descriptor
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     shards = [read_tokens(p) for p in paths]
     types = {str(shard.dtype): path for path, shard in zip(paths, shards)}
     check(len(types) == 1, f'files hold different kinds of tokens: {types}', 'data', 'val_data')
@@ -777,8 +781,9 @@ def set_up(argv):
     except ValueError as e:
         fail(e)
     except OSError as e:
-        fail(f'{e.filename or "a file"} cannot be read or made ({e.strerror}): change --data, '
-             '--val_data or --out_dir')
+        remedy = 'raise ulimit -n, or ' * (e.errno == errno.EMFILE)
+        fail(f'{e.filename or "a file"} cannot be read or made ({e.strerror}): {remedy}change '
+             '--data, --val_data or --out_dir')
     describe(c, model, batches, world, at)
     return c, model, optimizer, batches, world, log, at
 
