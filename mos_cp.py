@@ -402,7 +402,7 @@ class GPTConfig:
             value = getattr(self, name)
             check(value in choices, f'{name} ({value!r}) must be one of {", ".join(choices)}', name)
         for name in (f.name for f in dataclasses.fields(self) if f.type is int):
-            value, lowest = getattr(self, name), int(name not in ('n_generators', 'guess_dim'))
+            value, lowest = getattr(self, name), 0 if name in ('n_generators', 'guess_dim') else 1
             check(value >= lowest, f'{name} ({value}) must be at least {lowest}', name)
         for name, of, by in (('block_size', 'n_chunks', self.n_chunks),
                              ('n_embd', '2 * n_head', 2 * self.n_head),  # RoPE rotates pairs
@@ -579,7 +579,8 @@ class GPT(nn.Module):
                 return self.lm_head(self.ln_f(x)), None
             mine = self.ring.shard(targets, self.config.chunk_size)
             if self.config.recompute:
-                found = [recomputed(self.losses, *piece)[1] for piece in self.pieces(x, mine)]
+                found = [recomputed(self.losses, *piece)[1]  # a piece's logits go at once
+                         for piece in self.pieces(x, mine)]
                 logits, losses = None, torch.cat(found, dim=1)
             else:
                 logits, losses = self.losses(x, mine)
@@ -656,14 +657,15 @@ class GPT(nn.Module):
         a guess) the embeddings of the tokens, normed alike. To be summed over ranks and batches.
         None: x are rows of the weights W of [K, V] = W x, or as in the paper columns; e is 0.
         """
+        c, of_input, found = self.config, self.config.subspace_of == 'input', []
+        n = c.guess_tokens * c.n_embd if c.guess_dim else 0  # numbers of e
+
         def moment(x, e):
             with torch.autocast(x.device.type, enabled=False):  # float32 at least
                 rows = F.pad(torch.cat((x, e[..., :n]), dim=-1).flatten(0, -2), (0, 1), value=1.0)
                 rows = rows.to(kernels.accumulation_dtype(x.dtype))
                 return rows.T @ rows
 
-        c, found = self.config, []
-        of_input, n = c.subspace_of == 'input', c.guess_tokens * c.n_embd * (c.guess_dim > 0)
         if idx is None:
             for W in (block.attn.c_kv.weight for block in self.started):  # (2 d, n_embd)
                 x = W if of_input else W.T

@@ -183,7 +183,7 @@ def parse_config(argv):
         saved = checkpoint['config']
         for name in given.keys() & ({*MODEL_FLAGS, 'preset', 'method'} - set(HERE_FLAGS)):
             check(given[name] == saved[name], f'--{name}={given[name]} differs from the '
-                  f'checkpoint, which has {saved[name]}', name)
+                  f'checkpoint, which has {saved[name]}', name, 'out_dir')
         config = {**saved, **{name: config[name] for name in (*given, *HERE_FLAGS)}}
     c = argparse.Namespace(**config)
     check_values(c)
@@ -597,10 +597,10 @@ def change_send(c, model, batches, world, iter_num):
     if before != 'codec' and now == 'codec' and model.started:
         start_codecs(c, model, batches, world, iter_num)
     model.set_send(now)
-    said = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed'}.get(
-        c.send if now == 'codec' else now,
-        f'the codec {"starts" if iter_num == c.warm_start else "goes on"}')  # after a resume
-    world.tell(iter_num, said + '; compiling ...' * c.compile)
+    what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed'}
+    codec = f'the codec {"starts" if iter_num == c.warm_start else "goes on"}'  # after a resume
+    sends = c.send if now == 'codec' else now
+    world.tell(iter_num, what.get(sends, codec) + '; compiling ...' * c.compile)
     if c.compile and world.device.type == 'cuda' and not world.ring.link.dialled:
         with world.autocast:
             return graphed(model, *batches.training(iter_num, 0))
@@ -809,6 +809,7 @@ def main(argv=None):
     if world.stopping:
         world.say('stopped by SIGTERM; --init_from=resume goes on')
         sys.exit(128 + signal.SIGTERM)
+    # one rank, of a run that trained; a vocabulary of 256 is bytes
     if log.writes and model.config.vocab_size == 256 and c.sample_tokens:
         prompt = torch.tensor([list(os.fsencode(c.prompt) or b'\n')], device=world.device)
         with world.autocast:
@@ -870,8 +871,10 @@ def train(c, model, optimizer, batches, world, log, at):
 
     # -- what it came to
     n, rank = at.iter_num - first.iter_num, world.ring.rank
-    world.say(f'{n} iterations, {n * world.tokens:,} tokens in {at.seconds - first.seconds:.0f}s')
-    if world.world_size > 1:
+    if n:
+        world.say(f'{n} iterations, {n * world.tokens:,} tokens in '
+                  f'{at.seconds - first.seconds:.0f}s')
+    if n and world.world_size > 1:
         sent = (meter['sent_fwd'] + meter['sent_bwd']) / 1e6
         world.say(f'rank {rank} sent {sent:,.1f} MB over the ring (uncompressed: '
                   f'{n * log.full / 1e6:,.1f}) and {meter["sent_sync"] / 1e6:,.1f} MB for syncs')
