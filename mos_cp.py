@@ -48,9 +48,9 @@ class Full(nn.Module):
 
     def weights(self, embedding, norm, c_kv):
         """
-        The tensors that `expand` needs, made once a step: of parameters, the embedding (vocab_size,
-        n_embd), and the layer's own norm and c_kv, with which an input h has keys and values
-        c_kv(norm(h)). `expand` must not read parameters from self.
+        The tensors that `expand` needs, made once a step from parameters, the embedding
+        (vocab_size, n_embd), and the layer's own norm and c_kv, with which an input h has keys and
+        values c_kv(norm(h)). `expand` must not read parameters from self.
         """
         return ()
 
@@ -117,8 +117,8 @@ class Mixture(Full):
         rebuild  [K, V] = W (g + D(theta) z)
 
     Every rank has W and knows every token. So guess and theta cost no byte, and what is rebuilt
-    moves with W as W learns. W gets gradients from every rebuilt key and value too. Nothing looks
-    at later tokens. W_e, A, b, E_l and D_l are learned; k = 0 is one learned subspace.
+    moves with W as W learns. W gets gradients from every rebuilt key and value too. Nothing here
+    looks at later tokens. W_e, A, b, E_l and D_l are learned; k = 0 is one learned subspace.
 
     theta = 'token': c tanh(psi (x - g)), with a learned psi, is sent beside z; 'chunk': of the mean
     of x - g in a chunk, later tokens too, which exact_local keeps from the chunk's own queries.
@@ -178,7 +178,7 @@ class Mixture(Full):
             rebuild = self.A, self.b, *rebuild
         if self.of_input:  # W (A t + b + D z) = (W A) t + W b + (W D) z
             rebuild = tuple(torch.tensordot(c_kv.weight, M, dims=1) for M in rebuild)
-        if sum(self.sizes):  # a row for each word and place
+        if sum(self.sizes):  # its row token * guess_tokens + j is W_e_j^T e of that token
             W_e = aligned(self.W_e).transpose(0, 1)  # (n_embd, guess_tokens, ...)
             table = ((norm(embedding) @ W_e.flatten(1)).view(-1, W_e.shape[-1]),)
         return *table, *rebuild
@@ -288,8 +288,8 @@ def bottleneck(M, W, r):
     were orthonormal, which they are if W is the identity.
     """
     # 1. W D E^T x is W x in its r principal directions V: so E^T x = V^T W x. Along V itself some
-    #    numbers of a token would be far larger than others, and these, which share a scale with
-    #    them, rounded to 0: V is turned by a fixed random rotation.
+    #    numbers of a token would be far larger than others, which share a scale with them and
+    #    would be rounded to 0. So V is turned by a fixed random rotation.
     _, vectors = torch.linalg.eigh(W @ M @ W.T)  # ascending
     noise = torch.randn(r, r, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     E = W.T @ (vectors[:, -r:] @ torch.linalg.qr(noise)[0].to(W.device))
