@@ -831,6 +831,7 @@ def test_more_files_than_descriptors(tmp_path, most):
     ('--n_head=4 --n_kv_head=3', r'n_head \(4\) must be a multiple of n_kv_head \(3\)'),
     ('--latent_dim=0', r'latent_dim \(0\) must be at least 1'), ('--beta2=1', r'beta2 \(1.0\)'),
     ('--n_kv_head=1 --latent_dim=65', r'1 and 64 numbers'),
+    ('--topk=2', r'topk \(2.0\) must be at most 1'), ('--theta_max=inf', r'max \(inf\) must be'),
     ('--latent_dim=129', r'\(129\) must leave each subspace between 1 and 128 numbers, and one'),
     ('--subspace_of=apart --latent_dim_k=36',
      r'dim \(36\) must .* between 1 and 128 .* one has 0'),
