@@ -720,7 +720,8 @@ def test_any_length_and_generate():
     assert logits.shape == (2, 32, 50) and loss is None
     short, loss = model(idx[:, :5], idx[:, 1:6])  # no multiple of the chunk: padded, unseen
     assert_close(short, logits[:, :5], 'logits')
-    out = model.generate(idx[:, :30], 6, top_k=1)  # runs past block_size
+    # a rank of a ring generates alone; past block_size
+    out = small_model(Rehearsal(2)).generate(idx[:, :30], 6, top_k=1)
     assert out.shape == (2, 36) and torch.equal(out[:, :30], idx[:, :30]) and loss.isfinite()
     assert torch.equal(out[:, 30], model(idx[:, :30])[0][:, -1].argmax(-1))
     for ring, n, message in (
@@ -881,6 +882,17 @@ def test_flags():
     assert rates == pytest.approx([1 / 11, 10 / 11, 1, 0.55, 0.1, 0.1])
 
 
+def test_a_gpu_for_each_process_or_for_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    for device, n_local, expected in (('auto', '2', 'cuda:1'), ('cuda', '2', 'cuda:1'),
+                                      ('auto', '3', 'cpu'), ('cpu', '2', 'cpu')):
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', n_local)
+        c, _ = train.parse_config([f'--device={device}'])
+        assert str(train.World(c).device) == expected
+
+
 def test_readme_names_only_flags_that_exist():
     torchrun = set('standalone nproc_per_node nnodes node_rank master_addr master_port '
                    'max_restarts help'.split())
@@ -994,10 +1006,10 @@ def assert_same_log(found, expected):
 
 
 def test_rehearsal_and_evaluation_leave_no_trace(tmp_path, capfd):
-    result = small_run(tmp_path, '--rehearse=4', '--sync_every=4')
-    small_run(tmp_path, '--eval_only', '--link_mbps=9')
+    result = small_run(tmp_path, '--rehearse=4', '--sync_every=4', '--sample_tokens=9')
+    small_run(tmp_path, '--eval_only', '--link_mbps=9', '--sample_tokens=9')
     said, steps = capfd.readouterr().out, [r for r in result['records'] if 'loss' in r]
-    assert 'a rehearsal of rank 2 of 4' in said
+    assert 'a rehearsal of rank 2 of 4' in said and '--- sample' not in said
     assert not list(tmp_path.iterdir()) and all(math.isfinite(r['loss']) for r in steps)
     assert steps[-1]['received_fwd'] and steps[-1]['received_sync']
 
