@@ -6,11 +6,10 @@ Nothing here knows of processes or models. Everywhere the sequence is dimension 
 are (B, T, H, hd), lse is (B, T, H); only the wrappers of PyTorch's attention kernels transpose.
 """
 import functools
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
+import torch._dynamo
 from torch.nn import functional as F
 
 aten = torch.ops.aten
@@ -24,35 +23,26 @@ def accumulation_dtype(dtype):
 # -----------------------------------------------------------------------------
 # torch.compile, for what repeats
 
-_compiling = ContextVar('compiling', default=False)  # every thread has a value of its own
-is_compiling = _compiling.get  # a backward pass, which runs in another thread, must be told
+torch._dynamo.config.recompile_limit = 64  # several lengths, with grad and without
+_compiling = False
 
 
-@contextmanager
-def compiling(on):
-    """While on, every `fused` function that this thread calls goes through torch.compile."""
-    before = _compiling.set(on)
-    try:
-        yield
-    finally:
-        _compiling.reset(before)
+def compile_fused(on):
+    """From now on `fused` functions go through torch.compile, or (False) run as they are."""
+    global _compiling
+    _compiling = on
 
 
 def fused(f):
     """
-    Decorator: where `compiling` is on, f, a function or a method, runs under torch.compile, with
-    all that it calls. A method is compiled once for all objects, such as layers.
+    Decorator: where `compile_fused` is on, f, a function or a method, runs under torch.compile,
+    with all that it calls. A method is compiled once for all objects, such as layers.
     """
-    @functools.cache
-    def compiled():
-        torch._dynamo.config.recompile_limit = 64  # several lengths, with grad and without
-        return torch.compile(f, fullgraph=True, dynamic=False)
+    compiled = torch.compile(f, fullgraph=True, dynamic=False)
 
     @functools.wraps(f)
     def wrapper(*args, **kwargs):
-        if torch.compiler.is_compiling() or not is_compiling():  # traced by a caller, or off
-            return f(*args, **kwargs)
-        return compiled()(*args, **kwargs)
+        return (compiled if _compiling else f)(*args, **kwargs)
     return wrapper
 
 
@@ -272,25 +262,26 @@ def shard_backward(dout, q, k, v, out, lse, calls, dq=None):
 # -----------------------------------------------------------------------------
 # What happens to keys and values around the wire
 
-def rope_table(n_positions, head_dim, base):
+@fused
+def rope_angles(positions, head_dim, base):
     """
-    cos and sin of every position and pair for `rope`: (n_positions, 2, hd), float32, computed in
+    Of global positions (T,) cos and sin of every pair for `rope`: (T, 2, hd), float32, computed in
     float64. Stored for both halves of a head, the sine with its signs.
     """
-    frequency = base ** (-torch.arange(0, head_dim, 2).double() / head_dim)
-    angle = torch.outer(torch.arange(n_positions).double(), frequency)  # (n_positions, hd/2)
+    pair = torch.arange(0, head_dim, 2, device=positions.device)
+    angle = torch.outer(positions.double(), base ** (-pair.double() / head_dim))  # (T, hd/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=1).float()
 
 
-def rope(x, table):
+def rope(x, angles):
     """
     Rotary position embedding (Su et al. 2021; entry i is paired with i + hd/2, as in LLaMA).
 
-    x: (B, T, H, hd); table: (T, 2, hd), `rope_table` at its *global* positions. -> x's dtype.
+    x: (B, T, H, hd); angles: (T, 2, hd), `rope_angles` of its positions. -> x's dtype.
     """
-    cos, sin = table.unsqueeze(2).unbind(1)  # (T, 1, hd)
-    y = x.to(table.dtype)
+    y = x.to(accumulation_dtype(x.dtype))
+    cos, sin = angles.to(y.dtype).unsqueeze(2).unbind(1)  # (T, 1, hd)
     return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 

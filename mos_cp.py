@@ -11,13 +11,9 @@ below).
 With `GPT(config, Ring(group))` every rank makes the same call with the same sequences, computes the
 part that `ring.shard` gives it, and all together get the same logits and loss: they depend on
 config.n_chunks, never on how many ranks share the chunks.
-
-`python mos_cp.py` times a training step with the codec and without.
 """
 import dataclasses
-import gc
 import math
-import timeit
 from collections import Counter
 
 import torch
@@ -26,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from ring import Ring, attend, positions
+from ring import Ring, attend, average, positions
 
 # -----------------------------------------------------------------------------
 # What crosses the wire. A codec turns a layer's keys and values kv (B, T, 2, Hkv, hd), keys before
@@ -40,28 +36,38 @@ class Full(nn.Module):
     gradients across the wire, come for free.
     """
     keep = False  # True, for a small payload: hold it until backward. False: it is sent again then
+    reads_words = False  # True: `know` gets words
 
     def __init__(self, config, layer):
         super().__init__()
         self.wire_dtype, self.grad_wire_dtype = config.wire_dtype, config.grad_wire_dtype
         self.config, self.shape = config, (2, config.n_kv_head, config.head_dim)
 
-    def weights(self, embedding, norm, c_kv):
+    def know(self, tokens, words, below):
         """
-        The tensors that `expand` needs, made once a step from parameters, the embedding
-        (vocab_size, n_embd), and the layer's own norm and c_kv, with which an input h has keys and
-        values c_kv(norm(h)). `expand` must not read parameters from self.
+        What every rank knows of all tokens without being told: tensors (world_size, B, T, ...).
+        tokens (world_size, B, T, guess_tokens): of these the j-th is the one j places before.
+        words (vocab_size, n_embd): the embedding, normed, if the class has `reads_words`. below:
+        what arrived for each layer below, (world_size, B, T, r). All of these get gradients.
         """
         return ()
 
-    def compress(self, x, kv, tokens, weights):
+    def weights(self, W, gain):
         """
-        x = norm(h) (B, T, n_embd) and kv = c_kv(x) (B, T, 2, Hkv, hd) -> payload. Of the tokens
-        (B, T, guess_tokens) the j-th is the one j places before.
+        The tensors that `expand` needs, made once a step from parameters, from W (2 d, n_embd),
+        with which an input x has keys and values W x, and from the gain (n_embd) of the norm that
+        makes x. `expand` must not read parameters from self.
+        """
+        return ()
+
+    def compress(self, x, kv, known):
+        """
+        The layer's input x (B, T, n_embd), normed, kv = W x (B, T, 2, Hkv, hd) and what `know` said
+        of these tokens -> payload.
         """
         return (kv,)
 
-    def expand(self, payload, tokens, weights):
+    def expand(self, payload, known, weights):
         """The payload of some rank's T tokens, a shard or its front half -> kv."""
         return payload[0]
 
@@ -93,164 +99,103 @@ class Full(nn.Module):
             return t.to(dtype) if wire_dtype == 'bf16' and t.is_floating_point() else t
         return [restored(t, size) for t, size in zip(wire, sizes)]
 
-    def wire_bytes(self, x, kv, tokens, weights):
-        """Bytes to one other rank: forward; backward, with what is not kept a second time."""
-        payload = self.compress(x, kv, tokens, weights)
-        fwd = sum(t.nbytes for t in self.pack(payload))
-        gradient = [t for t in payload if t.is_floating_point()]
-        bwd = sum(t.nbytes for t in self.pack(gradient, gradient=True))
-        return fwd, (bwd if self.keep else fwd + bwd)
-
 
 class Mixture(Full):
     """
-    What the tokens do not say, in a subspace that they choose. Of a token whose key and value are
-    [K, V] = W x (W: the layer's c_kv, x: its normed input, in R^n):
+    What neither the tokens nor the layers below have said, in a subspace that the tokens choose. Of
+    a token whose key and value are [K, V] = W x (W: the layer's c_kv, x: its normed input, in R^n):
 
         look up  [t, s] = sum_j W_e_j^T e_j             e_j: embedding of the token j places back
-                                                        (j < guess_tokens), normed as x is
-        guess    g = A t + b                            t: guess_dim numbers
+                                                        (j < guess_tokens), normed
+        known    y = [t, z_1 .. z_(l-1)]                t: guess_dim numbers; z of the layers below,
+                                                        as they arrived, rounded (guess_below)
+        guess    g = A y + b
         mixture  theta = c tanh(s)                      s: k numbers (n_generators), c = theta_max
                  E(theta) = E_0 + sum_l theta_l E_l     each E_l: (n, r), r numbers (latent_dim);
                                                         D(theta) likewise
         send     z = E(theta)^T (x - g)                 in 4 bits and a scale, by default
         rebuild  [K, V] = W (g + D(theta) z)
 
-    Every rank has W and knows every token. So guess and theta cost no byte, and what is rebuilt
-    moves with W as W learns. W gets gradients from every rebuilt key and value too. Nothing here
-    looks at later tokens. W_e, A, b, E_l and D_l are learned; k = 0 is one learned subspace.
-
-    theta = 'token': c tanh(psi (x - g)), with a learned psi, is sent beside z; 'chunk': of the mean
-    of x - g in a chunk, later tokens too, which exact_local keeps from the chunk's own queries.
-    subspace_of = 'kv': the same of [K, V] itself, with D = E and no W. The paper (Algorithm 1) is
-    this with other choices: K and V apart; no guess; theta of a chunk's mean, clipped; E(theta) =
-    (I + M + M^2 / 2) E_0 with M = sum_l theta_l G_l and frozen E_0 and skew-symmetric G_l: to
-    second order, a rotation of E_0.
+    Every rank has W, knows every token, and has received z of the layers below. So guess and theta
+    cost no byte, and what is rebuilt moves with W as W learns. W gets gradients from every rebuilt
+    key and value too; z of a layer below gets those of all layers above, and they travel once, with
+    its own layer's. Nothing here looks at later tokens. W_e, A, b, E_l and D_l are learned; k = 0
+    is one learned subspace. With a look-up the first layer sends nothing (`FirstLayer`).
     """
-    keep = True
+    keep = reads_words = True
+    theta_max = 0.2
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.frozen, self.of_input = config.subspace == 'frozen', config.subspace_of == 'input'
-        # random numbers of its own: the initial weights must not depend on what is sent
-        self.seed = (torch.initial_seed() * 1000 + layer) % 2**63
-        rng = torch.Generator().manual_seed(self.seed)
-        # an item for each of config.subspaces; no D where it is E, no psi where theta is looked up
-        self.E, self.D, self.psi = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
-        for n, r in config.subspaces:
-            E = self.family(torch.linalg.qr(torch.randn(n, r, generator=rng))[0])
-            self.E.append(nn.Parameter(E, requires_grad=not self.frozen))
-            if self.of_input:
-                self.D.append(nn.Parameter(E.clone(), requires_grad=not self.frozen))
-            if config.n_generators and config.theta != 'words':
-                psi = 0.02 * torch.randn(config.n_generators, n, generator=rng)
-                self.psi.append(nn.Parameter(psi))
-        n = sum(map(len, self.E))
-        self.guess_dim = m = min(config.guess_dim, config.n_embd, 2 * math.prod(self.shape[1:]))
-        # how many numbers are looked up: t, and s of each subspace unless theta is sent
-        self.sizes = [m] if self.psi else [m, *len(self.E) * [config.n_generators]]
-        if sum(self.sizes):
-            # [t, s] are about 1 at this scale; at 0, and A = 0, they would never learn
-            W_e = torch.randn(config.guess_tokens, config.n_embd, sum(self.sizes), generator=rng)
-            self.W_e = nn.Parameter(W_e / math.sqrt(config.guess_tokens * config.n_embd))
-        if m:
-            self.A, self.b = nn.Parameter(torch.zeros(n, m)), nn.Parameter(torch.zeros(n))
+        n, r, self.k = config.n_embd, config.latent_dim, config.n_generators
+        self.m = min(config.guess_dim, n, 2 * math.prod(self.shape[1:]))
+        n_below = r * (layer - (self.m > 0)) if config.guess_below else 0
+        # a mixture begins as the one subspace it contains: E_l and D_l are 0
+        E_0 = torch.linalg.qr(torch.randn(n, r))[0]
+        self.E = nn.Parameter(F.pad(E_0[:, None], (0, 0, 0, self.k)))  # (n, 1 + k, r)
+        self.D = nn.Parameter(self.E.detach().clone())
+        # [t, s] are about 1 at this scale; at 0, and A = 0, they would never learn
+        W_e = torch.randn(config.guess_tokens, n, self.m + self.k)
+        self.W_e = nn.Parameter(W_e / math.sqrt(config.guess_tokens * n))
+        self.A, self.b = nn.Parameter(torch.zeros(n, self.m + n_below)), nn.Parameter(torch.zeros(n))
 
-    def family(self, E_0):
-        """
-        E_0 (n, r) and the matrices mixed into it -> (n, J, r). Learned ones, J = 1 + k, begin at 0:
-        a mixture begins as the one subspace it contains. Frozen: G_l E_0 and G_l G_m E_0 / 2, J =
-        1 + k + k^2; the same G whenever this is called.
-        """
-        k, (n, _) = self.config.n_generators, E_0.shape
-        if k == 0 or not self.frozen:
-            return F.pad(E_0[:, None], (0, 0, 0, k))
-        S = torch.randn(k, n, n, generator=torch.Generator().manual_seed(self.seed)).to(E_0)
-        order = 'fro' if self.config.generator_norm == 'frobenius' else 2
-        G = (S - S.mT) / torch.linalg.matrix_norm(S - S.mT, order, keepdim=True)
-        first = torch.einsum('lde,er->dlr', G, E_0)
-        second = torch.einsum('lde,emr->dlmr', G, first).flatten(1, 2) / 2
-        return torch.cat((E_0[:, None], first, second), dim=1)
-
-    def weights(self, embedding, norm, c_kv):
-        table, rebuild = (), tuple(self.D if self.of_input else self.E)
-        if self.guess_dim:
-            rebuild = self.A, self.b, *rebuild
-        if self.of_input:  # W (A t + b + D z) = (W A) t + W b + (W D) z
-            rebuild = tuple(torch.tensordot(c_kv.weight, M, dims=1) for M in rebuild)
-        if sum(self.sizes):  # its row token * guess_tokens + j is W_e_j^T e of that token
-            W_e = aligned(self.W_e).transpose(0, 1)  # (n_embd, guess_tokens, ...)
-            table = ((norm(embedding) @ W_e.flatten(1)).view(-1, W_e.shape[-1]),)
-        return *table, *rebuild
-
-    def look_up(self, tokens, table):
-        """
-        What every rank knows of tokens (B, T, guess_tokens): t (B, T, guess_dim), and of each
-        subspace theta (B, T, k), unless it is sent.
-        """
-        places = tokens.shape[-1]
+    def know(self, tokens, words, below):
+        """-> [t, s] (world_size, B, T, m + k), and z of the layers below."""
+        table = words @ self.W_e.transpose(0, 1).flatten(1)  # (vocab_size, guess_tokens * (m + k))
+        places = tokens.shape[-1]  # row token * places + j of the table: W_e_j^T of its e
+        table = table.view(len(words) * places, self.m + self.k)
         rows = tokens * places + torch.arange(places, device=tokens.device)
-        found = F.embedding(rows, table).sum(dim=2, dtype=table.dtype)
-        t, *s = found[..., :sum(self.sizes)].split(self.sizes, dim=-1)
-        return t, [self.config.theta_max * one.tanh() for one in s]
+        looked_up = F.embedding(rows, table).sum(dim=-2, dtype=table.dtype)
+        return looked_up, *(below if self.config.guess_below else ())
 
-    def theta(self, Z, psi):
-        """Z (B, T, n) -> (B, T, k), or of each chunk (B, chunks, k)"""
-        if self.config.theta == 'chunk':
-            Z = Z.unflatten(1, (-1, self.config.chunk_size)).mean(dim=2)
-        theta, largest = F.linear(Z, psi).to(Z.dtype), self.config.theta_max
-        return theta.clamp(-largest, largest) if self.frozen else largest * theta.tanh()
+    def read(self, known, dtype):
+        """What is known of tokens -> y (B, T, m + n_below), [1, theta] (B, T, 1 + k)."""
+        looked_up, *below = known
+        t, s = looked_up.to(dtype).split([self.m, self.k], dim=-1)
+        y = torch.cat((t, *(z.to(dtype) for z in below)), dim=-1)
+        return y, F.pad(self.theta_max * s.tanh(), (1, 0), value=1.0)
 
-    def mix(self, theta, T):
-        """theta -> how much of each of the J matrices is in E(theta), D(theta): (B, T, J, 1)"""
-        theta = theta.repeat_interleave(T // theta.shape[1], dim=1)
-        parts = [torch.ones_like(theta[..., :1]), theta]
-        if self.frozen:
-            parts.append((theta[..., :, None] * theta[..., None, :]).flatten(2))
-        return torch.cat(parts, dim=-1).unsqueeze(-1)
+    def weights(self, W, gain):
+        # W (A y + b + D(theta) z) = W [A, D_0, D_1, ..] [y, z, theta_1 z, ..] + W b
+        rebuild = aligned(torch.cat((self.A, self.D.flatten(1)), dim=1))
+        return W @ rebuild, W @ self.b
 
-    def compress(self, x, kv, tokens, weights):
-        rest, zs, thetas = (x if self.of_input else kv.flatten(2)), [], []  # (B, T, n)
-        if sum(self.sizes):
-            t, thetas = self.look_up(tokens, weights[0].to(rest.dtype))
-        if self.guess_dim:
-            rest = rest - (t @ self.A.to(t.dtype).mT + self.b.to(t.dtype))
-        parts = rest.split([len(E) for E in self.E], dim=-1)
-        sent = [self.theta(Z, psi) for Z, psi in zip(parts, self.psi)]
-        thetas = sent or thetas
-        for i, (Z, E) in enumerate(zip(parts, self.E)):
-            J, r = E.shape[1:]
-            z = (Z @ aligned(E.flatten(1)).to(Z.dtype))[..., :J * r]  # E_0^T Z, E_1^T Z, ...
-            if J > 1:
-                z = self.mix(thetas[i], Z.shape[1]) * z.unflatten(-1, (J, r))
-                z = z.sum(dim=2, dtype=Z.dtype)  # without dtype autocast makes it float32 on GPUs
-            zs.append(z.contiguous())
-        return *zs, *sent
+    def compress(self, x, kv, known):
+        y, share = self.read(known, x.dtype)
+        rest = x - F.linear(y, self.A.to(x.dtype), self.b.to(x.dtype))
+        z = rest @ aligned(self.E.flatten(1)).to(x.dtype)  # E_0^T rest, E_1^T rest, ..
+        z = z[..., :self.E[0].numel()].unflatten(-1, self.E.shape[1:])  # (B, T, 1 + k, r)
+        # without dtype autocast makes it float32 on GPUs
+        return ((share.unsqueeze(-1) * z).sum(dim=2, dtype=x.dtype),)
 
-    def expand(self, payload, tokens, weights):
-        several, dtype, rebuilt, thetas = len(self.E), payload[0].dtype, [], []
-        if sum(self.sizes):
-            t, thetas = self.look_up(tokens, weights[0].to(dtype))
-        thetas = payload[several:] or thetas
-        for i, (z, D) in enumerate(zip(payload[:several], weights[-several:])):
-            if D.shape[1] > 1:
-                z = (self.mix(thetas[i], z.shape[1]) * z.unsqueeze(2)).flatten(2)
-            rebuilt.append(aligned(z) @ aligned(D.flatten(1)).to(dtype).mT)
-        rebuilt = torch.cat(rebuilt, dim=-1)  # (B, T, 2 d)
-        if self.guess_dim:
-            rebuilt = rebuilt + (t @ weights[1].to(dtype).mT + weights[2].to(dtype))
-        return rebuilt.unflatten(-1, self.shape)
+    def expand(self, payload, known, weights):
+        z, = payload
+        y, share = self.read(known, z.dtype)
+        WAD, Wb = (w.to(z.dtype) for w in weights)
+        mixed = (share.unsqueeze(-1) * z.unsqueeze(2)).flatten(2)  # z, theta_1 z, ..
+        return F.linear(aligned(torch.cat((y, mixed), dim=-1)), WAD, Wb).unflatten(-1, self.shape)
 
-    @torch.no_grad()
-    def start(self, moment, c_kv):
+    def moment(self, x, tokens, words, below, W):
         """
-        From sums of [x, e, 1]^T [x, e, 1] (`GPT.moments`): the guess becomes the regression of x on
-        e, the subspace what is best for W of what that leaves. (Of kv: x is [K, V], W is 1.)
+        Sum of [x, e, z, 1]^T [x, e, z, 1] over tokens, for `start`: x (B, T, n_embd), their
+        embeddings e, z of the layers below. float32 at least.
         """
-        C, n = moment.double(), sum(map(len, self.E))
-        W = c_kv.weight.double() if self.of_input else torch.eye(n).to(C)
+        e = words[tokens].flatten(2) if self.m else x[..., :0]
+        parts = x, e, *(below if self.config.guess_below else ())
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = kernels.accumulation_dtype(x.dtype)
+            rows = torch.cat([part.to(dtype) for part in parts], dim=-1).flatten(0, 1)
+            rows = F.pad(rows, (0, 1), value=1.0)
+            return rows.T @ rows
+
+    def start(self, moment, W):
+        """
+        From the sum of all `moment`s: the guess becomes the regression of x on e and z of the
+        layers below, the subspace what is best for W of what that leaves.
+        """
+        C, W, n = moment.double(), W.double(), len(self.E)
         left = C[:n, :n]
-        if m := self.guess_dim:
+        if m := self.m:
             # 1. Ridge regression: R = argmin |x - R [e, 1]|^2 + 0.01 mean(e_i^2) |R|^2
             ex, ee = C[n:, :n], C[n:, n:]
             ridge = torch.full_like(ee[0], 0.01 * ee.diagonal()[:-1].mean() + 1e-6)
@@ -265,20 +210,89 @@ class Mixture(Full):
             # 3. The same sums of x - g, where g = [A W_e^T, b] [e, 1]
             R = torch.cat((A @ W_e.T, R[:, -1:]), dim=1)
             left = left - R @ ex - (R @ ex).T + R @ ee @ R.T
-        rng, begin = torch.Generator().manual_seed(self.seed), 0
-        for i, (n, r) in enumerate(self.config.subspaces):
-            part = slice(begin, begin + n)
-            M, begin = left[part, part], part.stop
-            E, D = bottleneck(M, W[:, part], r)
-            self.E[i].copy_(self.family(E))
-            if self.of_input:
-                self.D[i].copy_(self.family(D))
-            if self.psi and not self.frozen:
-                # 4. A new random psi: psi (x - g) has mean square 1, so tanh bends, and saturates
-                #    seldom. C[-1, -1] is the number of rows.
-                psi = torch.randn(self.psi[i].shape, generator=rng).to(M)
-                square = torch.einsum('kd,de,ke->k', psi, M, psi) / C[-1, -1]
-                self.psi[i].copy_(psi / square.clamp(min=1e-30).sqrt()[:, None])
+        for mixed, subspace in zip((self.E, self.D), bottleneck(left, W, self.config.latent_dim)):
+            mixed.zero_()
+            mixed[:, 0] = subspace
+
+
+class Paper(Full):
+    """
+    Algorithm 1 of the paper as published. For keys and for values, Z = W x in R^d of a token:
+
+        theta = psi(mean of Z over a chunk)                clipped to theta_max; k numbers
+        U(theta) = (I + M + M^2 / 2) U_0                   M = sum_l theta_l G_l: a rotation to
+        send     Z_c = U(theta)^T Z, theta                 second order. G_l: frozen, random, skew-
+        rebuild  Z = U(theta) Z_c                          symmetric, |G_l| = 1 (Frobenius)
+
+    r = 2/7 of latent_dim for keys, the rest for values. psi is learned, U_0 (d, r) is frozen: the
+    principal directions of W's columns at the start. A chunk's later tokens move its theta.
+    """
+    keep = True
+    theta_max = 0.5
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.k, d = config.n_generators, math.prod(self.shape[1:])
+        self.seed = torch.initial_seed()  # of this layer's codec
+        self.U, self.psi = nn.ParameterList(), nn.ParameterList()
+        for r in config.paper_dims:
+            U_0 = torch.linalg.qr(torch.randn(d, r))[0]
+            self.U.append(nn.Parameter(self.rotated(U_0), requires_grad=False))
+            if self.k:
+                self.psi.append(nn.Parameter(0.02 * torch.randn(self.k, d)))
+
+    def rotated(self, U_0):
+        """U_0 (d, r) -> (d, 1 + k + k^2, r): U_0, G_l U_0, G_l G_m U_0 / 2; the same G always."""
+        generator = torch.Generator().manual_seed(self.seed)
+        S = torch.randn(self.k, len(U_0), len(U_0), generator=generator).to(U_0)
+        G = (S - S.mT) / torch.linalg.matrix_norm(S - S.mT, keepdim=True)  # Frobenius
+        first = torch.einsum('lde,er->dlr', G, U_0)
+        second = torch.einsum('lde,emr->dlmr', G, first).flatten(1, 2) / 2
+        return torch.cat((U_0[:, None], first, second), dim=1)
+
+    def weights(self, W, gain):
+        return tuple(self.U)
+
+    def theta(self, Z, psi):
+        """Z (B, T, d) -> (B, chunks, k)"""
+        mean = Z.unflatten(1, (-1, self.config.chunk_size)).mean(dim=2)
+        return F.linear(mean, psi).to(Z.dtype).clamp(-self.theta_max, self.theta_max)
+
+    def share(self, theta, T):
+        """theta (B, chunks, k) -> how much of each matrix is in U(theta): (B, T, 1 + k + k^2, 1)"""
+        theta = theta.repeat_interleave(T // theta.shape[1], dim=1)
+        products = (theta[..., :, None] * theta[..., None, :]).flatten(2)
+        return F.pad(torch.cat((theta, products), dim=-1), (1, 0), value=1.0).unsqueeze(-1)
+
+    def compress(self, x, kv, known):
+        T, sent, thetas = kv.shape[1], [], []
+        for i, (Z, U) in enumerate(zip(kv.flatten(3).unbind(2), self.U)):  # (B, T, d)
+            Z_c = (Z @ aligned(U.flatten(1)).to(Z.dtype))[..., :U[0].numel()]
+            if self.k:
+                thetas.append(self.theta(Z, self.psi[i]))
+                Z_c = self.share(thetas[i], T) * Z_c.unflatten(-1, U.shape[1:])
+                Z_c = Z_c.sum(dim=2, dtype=Z.dtype)
+            sent.append(Z_c.contiguous())
+        return *sent, *thetas
+
+    def expand(self, payload, known, weights):
+        kv, thetas = [], payload[2:]
+        for i, (Z_c, U) in enumerate(zip(payload[:2], weights)):
+            if self.k:
+                Z_c = (self.share(thetas[i], Z_c.shape[1]) * Z_c.unsqueeze(2)).flatten(2)
+            kv.append(aligned(Z_c) @ aligned(U.flatten(1)).to(Z_c.dtype).mT)
+        return torch.stack(kv, dim=2).unflatten(-1, self.shape[1:])
+
+    def moment(self, x, tokens, words, below, W):
+        """The start is of the weights alone: W W^T of keys and of values (2, d, d)."""
+        W = W.unflatten(0, (2, -1))
+        return W @ W.mT
+
+    def start(self, moment, W):
+        """U_0: the principal directions of the columns of W."""
+        for U, M in zip(self.U, moment.double()):
+            U_0, _ = bottleneck(M, torch.eye(len(M)).to(M), U.shape[-1])
+            U.copy_(self.rotated(U_0))
 
 
 def bottleneck(M, W, r):
@@ -304,37 +318,25 @@ def aligned(x):
     return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
 
 
-class Words(Full):
-    """Keys and values of the first layer follow from the token alone: nothing has to be sent."""
-    keep = True
+class FirstLayer(Full):
+    """The first layer's input follows from the token alone: nothing has to be sent."""
+    keep = reads_words = True
 
-    def weights(self, embedding, norm, c_kv):
-        return (c_kv(norm(embedding)),)  # those of all words: (vocab_size, 2 d)
+    def know(self, tokens, words, below):
+        return (F.embedding(tokens[..., 0], words),)
 
-    def compress(self, x, kv, tokens, weights):
+    def weights(self, W, gain):
+        return (W * gain,)
+
+    def compress(self, x, kv, known):
         return ()
 
-    def expand(self, payload, tokens, weights):
-        return F.embedding(tokens[..., 0], weights[0]).unflatten(-1, self.shape)
+    def expand(self, payload, known, weights):
+        x, (W,) = known[0], weights
+        return F.linear(x, W.to(x.dtype)).unflatten(-1, self.shape)
 
 
-class TopK(Full):
-    """The largest entries of each token's key and of its value, and where they stood."""
-    keep = True
-
-    def compress(self, x, kv, tokens, weights):
-        kv = kv.flatten(3)  # (B, T, 2, d)
-        n = max(1, round(self.config.topk * kv.shape[-1]))
-        where = kv.abs().topk(n, dim=-1).indices
-        return kv.gather(-1, where), where.to(torch.int16 if kv.shape[-1] <= 2**15 else torch.int32)
-
-    def expand(self, payload, tokens, weights):
-        values, where = payload
-        zeros = values.new_zeros(*values.shape[:-1], self.shape[1] * self.shape[2])
-        return zeros.scatter(-1, where.long(), values).unflatten(-1, self.shape[1:])
-
-
-CODECS = {'mixture': Mixture, 'full': Full, 'topk': TopK, 'local': None}  # the values of --send
+CODECS = {'mixture': Mixture, 'paper': Paper, 'full': Full, 'local': None}  # the values of --send
 
 
 # -----------------------------------------------------------------------------
@@ -344,10 +346,6 @@ CHOICES = {  # the values an option takes; train.py's flags check against these 
     'send': CODECS,
     'wire_dtype': ('auto', 'compute', 'bf16', 'int8', 'int4'),
     'grad_wire_dtype': ('same', 'compute', 'bf16', 'int8', 'int4'),
-    'theta': ('words', 'token', 'chunk'),
-    'subspace': ('learned', 'frozen'),
-    'subspace_of': ('input', 'kv', 'apart'),
-    'generator_norm': ('frobenius', 'spectral'),
 }
 
 
@@ -369,22 +367,16 @@ class GPTConfig:
     n_embd: int = 128  # width
     n_ff: int = 0  # width of the SwiGLU; 0: 8/3 n_embd, rounded up to a multiple of 64
     rope_base: float = 500000.0  # base of the rotary embedding's frequencies
-    send: str = 'mixture'  # full (uncompressed), local (nothing), topk, or mixture
+    send: str = 'mixture'  # mixture (ours), paper, full (uncompressed), or local (nothing)
     latent_dim: int = 36  # numbers sent for a token and layer, its key and value together
-    latent_dim_k: int = 0  # of these for the key, with subspace_of=apart; 0: two sevenths
     n_generators: int = 4  # how many matrices theta mixes into the subspace; 0: one subspace
-    theta: str = 'words'  # looked up; or sent: token, of each x - g; chunk, of its mean (the paper)
-    subspace: str = 'learned'  # or frozen: skew-symmetric generators rotate it (the paper)
-    generator_norm: str = 'frobenius'  # of frozen ones: frobenius (the paper) or spectral norm 1
-    theta_max: float = 0.2  # largest |theta|; the paper's is 0.5
-    subspace_of: str = 'input'  # the layer's input; kv: its [K, V]; apart: one each (the paper)
-    guess_dim: int = 512  # rank of the guess by the tokens, at most n_embd; 0: no guess
+    guess_dim: int = 512  # numbers that a layer looks up for its guess; 0: none, and layer 0 sends
     guess_tokens: int = 2  # tokens that are looked up: this one, and those just before it
+    guess_below: bool = False  # the guess also uses what was sent for the layers below
     exact_local: bool = True  # a chunk's own keys and values are exact; False (the paper): rebuilt
     compress_last: bool = True  # False (the paper): the last layer sends full keys and values
     wire_dtype: str = 'auto'  # compute, bf16, int8, int4; auto: int4 for mixture, else compute
     grad_wire_dtype: str = 'same'  # of the gradient; int8, int4: stochastically rounded
-    topk: float = 0.1  # fraction of the entries that send=topk keeps
     recompute: bool = False  # compute MLPs and logits once more in backward: less memory
     compile: bool = False  # torch.compile what repeats; on GPUs, replay a step as a CUDA graph
 
@@ -392,7 +384,6 @@ class GPTConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.n_ff = self.n_ff or 64 * math.ceil(8 * self.n_embd / 3 / 64)
         self.vocab_size = self.vocab_size or 256
-        self.latent_dim_k = self.latent_dim_k or max(1, round(2 * self.latent_dim / 7))
         if self.wire_dtype == 'auto':
             self.wire_dtype = 'int4' if self.send == 'mixture' else 'compute'
         if self.grad_wire_dtype == 'same':
@@ -410,14 +401,15 @@ class GPTConfig:
             value = getattr(self, name)
             check(value % by == 0, f'{name} ({value}) must be a multiple of {of} ({by})', name,
                   of.split()[-1])
-        for name in ('rope_base', 'theta_max', 'topk'):
-            value = getattr(self, name)
-            check(0 < value < math.inf, f'{name} ({value}) must be above 0 and finite', name)
-        check(self.topk <= 1, f'topk ({self.topk}) must be at most 1', 'topk')
-        for n, r in self.subspaces if self.send == 'mixture' else ():
-            n = min(n, 2 * self.n_kv_head * self.head_dim)  # all that keys and values can say
-            check(1 <= r <= n, f'latent_dim ({self.latent_dim}) must leave each subspace between 1 '
-                  f'and {n} numbers, and one has {r}', 'latent_dim', 'latent_dim_k')
+        check(0 < self.rope_base < math.inf, f'rope_base ({self.rope_base}) must be above 0 and '
+              'finite', 'rope_base')
+        d = self.n_kv_head * self.head_dim  # width of all keys, and of all values, of a token
+        most = min(self.n_embd, 2 * d)  # all that keys and values can say of x
+        check(self.send != 'mixture' or self.latent_dim <= most,
+              f'latent_dim ({self.latent_dim}) must be at most {most}', 'latent_dim')
+        check(self.send != 'paper' or 1 <= min(self.paper_dims) <= max(self.paper_dims) <= d,
+              f'latent_dim ({self.latent_dim}) must leave keys and values between 1 and {d} numbers '
+              f'each, not {self.paper_dims}', 'latent_dim')
         check(self.compress_last or self.n_layer > 1 or self.send in ('full', 'local'),
               f'compress_last ({self.compress_last}) leaves nothing to compress when n_layer is '
               f'{self.n_layer}', 'compress_last', 'n_layer')
@@ -431,15 +423,10 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     @property
-    def subspaces(self):
-        """
-        (n, r) of each subspace: one of the layer's input, or of [K, V] together in R^2d, or one for
-        K and one for V.
-        """
-        d = self.n_kv_head * self.head_dim  # width of all keys, and of all values, of a token
-        return {'input': [(self.n_embd, self.latent_dim)], 'kv': [(2 * d, self.latent_dim)],
-                'apart': [(d, self.latent_dim_k), (d, self.latent_dim - self.latent_dim_k)],
-                }[self.subspace_of]
+    def paper_dims(self):
+        """Numbers sent for a token's key and for its value, with send=paper (2 % and 5 % of d)."""
+        r_k = max(1, round(2 * self.latent_dim / 7))
+        return r_k, self.latent_dim - r_k
 
 
 # -----------------------------------------------------------------------------
@@ -464,11 +451,16 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.plain = Full(config, layer)  # uncompressed: in a warm start, unplugged
         self.plain.wire_dtype = self.plain.grad_wire_dtype = 'compute'
-        codec, last = CODECS[config.send], layer == config.n_layer - 1
+        codec = CODECS[config.send]
         if codec is Mixture and config.guess_dim and layer == 0:
-            codec = Words  # the best guess, which leaves nothing to send
-        self.codec = codec and (codec(config, layer) if config.compress_last or not last
-                                else self.plain)
+            codec = FirstLayer
+        if not config.compress_last and layer == config.n_layer - 1:
+            self.codec = codec and self.plain
+            return
+        # random numbers of its own: the initial weights must not depend on what is sent
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed((torch.initial_seed() * 1000 + layer) % 2**63)
+            self.codec = codec and codec(config, layer)
 
     @property
     def active(self):
@@ -476,26 +468,45 @@ class Attention(nn.Module):
         return {'local': None, 'full': self.plain, 'codec': self.codec}[self.sends]
 
     @kernels.fused
-    def project(self, x, norm, table, tokens, embedding):
+    def project(self, x, norm, angles, rank, tokens, words, below):
         """
-        x (B, T, n_embd) of the tokens (B, T, guess_tokens), before its norm, table (T, 2, hd) of
-        their positions, embedding (vocab_size, n_embd) -> q (B, T, H, hd) and k (B, T, Hkv, hd)
-        with RoPE, kv (B, T, 2, Hkv, hd), the payload, and the codec's weights.
+        x (B, T, n_embd) before its norm, angles (T, 2, hd) of its positions; tokens, words, below
+        as in `Full.know` -> q (B, T, H, hd) and k (B, T, Hkv, hd) with RoPE, v, and of the codec
+        the payload, what is known, and its weights.
         """
-        x = norm(x)
+        x, codec = norm(x), self.active
         q = self.c_q(x).unflatten(-1, (-1, self.config.head_dim))
-        kv = self.c_kv(x).unflatten(-1, (2, -1, self.config.head_dim))
-        weights = self.active.weights(embedding, norm, self.c_kv) if self.active else ()
-        payload = self.active.compress(x, kv, tokens, weights) if self.active else ()
-        return kernels.rope(q, table), kernels.rope(kv[:, :, 0], table), kv, payload, weights
+        kv = self.c_kv(x).unflatten(-1, (2, -1, self.config.head_dim))  # (B, T, 2, Hkv, hd)
+        payload, known, weights = (), (), ()
+        if codec:
+            known = codec.know(tokens, words, below)
+            payload = codec.compress(x, kv, [t[rank] for t in known])
+            weights = codec.weights(self.c_kv.weight, norm.weight)
+        k, v = kv.unbind(2)
+        return kernels.rope(q, angles), kernels.rope(k, angles), v, payload, known, weights
 
-    def attend(self, q, k, kv, payload, weights, ring, table, tokens):
-        """What comes between the projections; nothing else crosses the wire. -> (B, T, H, hd)"""
-        T, codec = q.shape[1], self.active
-        span = self.config.chunk_size if self.config.exact_local or not codec else 0
+    @kernels.fused
+    def rebuild(self, payload, known, weights, angles):
+        """Of some rank's tokens, at these angles -> keys with RoPE and values (B, T, Hkv, hd)."""
+        k, v = self.active.expand(payload, known, weights).unbind(2)
+        return kernels.rope(k, angles), v
+
+    def forward(self, x, norm, ring, tokens, words, below):
+        """-> (B, T, n_embd) before c_proj, and what arrived: a list of (world_size, B, T, ...)."""
+        c, codec, T = self.config, self.active, x.shape[1]
+
+        def angles(rank, n):
+            where = positions(T * ring.world_size, ring.world_size, x.device)[rank, :n]
+            return kernels.rope_angles(where, c.head_dim, c.rope_base)
+
+        def rebuild(payload, known, weights, source, n):
+            return self.rebuild(payload, known, weights, angles(source, n))
+        span = c.chunk_size if c.exact_local or not codec else 0
         if type(codec) is Full and codec.wire_dtype == 'compute':
             span = T  # exact anyway: a rank's own shard in one piece, which is causal in its order
-        return attend(ring, q, k, kv[:, :, 1], payload, codec, weights, table, tokens, span)
+        projected = self.project(x, norm, angles(ring.rank, T), ring.rank, tokens, words, below)
+        y, *arrived = attend(ring, *projected, codec, rebuild, span)
+        return y.flatten(2), arrived
 
 
 class MLP(nn.Module):
@@ -512,9 +523,7 @@ class MLP(nn.Module):
 
 def recomputed(f, *args):
     """f(*args), keeping nothing of what f computes: backward computes it once more."""
-    on = kernels.is_compiling()
-    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False,
-                      context_fn=lambda: (kernels.compiling(on), kernels.compiling(on)))
+    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class Block(nn.Module):
@@ -527,17 +536,17 @@ class Block(nn.Module):
 
     @kernels.fused
     def after(self, x, y):
-        x = x + self.attn.c_proj(y.flatten(2))
+        x = x + self.attn.c_proj(y)
         return x + self.mlp(self.ln_2(x))
 
-    def forward(self, x, ring, table, tokens, embedding):
+    def forward(self, x, ring, tokens, words, below):
         """
-        x: (B, T, n_embd), this rank's shard; every rank's RoPE table (world_size, T, 2, hd) and
-        tokens (world_size, B, T, guess_tokens).
+        x (B, T, n_embd): this rank's shard; the rest as in `Full.know` -> x, and `below` with what
+        arrived for this layer.
         """
-        own = self.attn.project(x, self.ln_1, table[ring.rank], tokens[ring.rank], embedding)
-        y = self.attn.attend(*own, ring, table, tokens)
-        return recomputed(self.after, x, y) if self.config.recompute else self.after(x, y)
+        y, arrived = self.attn(x, self.ln_1, ring, tokens, words, below)
+        x = recomputed(self.after, x, y) if self.config.recompute else self.after(x, y)
+        return x, [*below, *arrived]
 
 
 class GPT(nn.Module):
@@ -550,12 +559,11 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.set_send('codec')
-        # whose codec has something to start
+        # whose codecs have something to start
         self.started = [block for block in self.h if hasattr(block.attn.codec, 'start')]
         self.ln_f = Norm(config.n_embd, eps=1e-5)
+        self.ln_words = Norm(config.n_embd, eps=1e-5, elementwise_affine=False)  # for codecs
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        table = kernels.rope_table(config.block_size, config.head_dim, config.rope_base)
-        self.register_buffer('table', table, persistent=False)
         for name, p in self.named_parameters():
             if p.dim() == 2 and 'codec' not in name:
                 residual = name.endswith('c_proj.weight')
@@ -573,41 +581,44 @@ class GPT(nn.Module):
         config.recompute.
         Raises ValueError if the sequence is too long, or cannot be shared out in chunks.
         """
-        with kernels.compiling(self.config.compile):
-            x = self.hidden(idx, self.ring)
-            if targets is None:
-                return self.lm_head(self.ln_f(x)), None
-            mine = self.ring.shard(targets, self.config.chunk_size)
-            if self.config.recompute:
-                found = [recomputed(self.losses, *piece)[1]  # a piece's logits go at once
-                         for piece in self.pieces(x, mine)]
-                logits, losses = None, torch.cat(found, dim=1)
-            else:
-                logits, losses = self.losses(x, mine)
-            return logits, losses.sum() * self.ring.world_size / (targets != -1).sum()
+        kernels.compile_fused(self.config.compile)
+        x = self.hidden(idx, self.ring)
+        if targets is None:
+            return self.lm_head(self.ln_f(x)), None
+        mine = self.ring.shard(targets, self.config.chunk_size)
+        if self.config.recompute:
+            losses = [recomputed(self.losses, *piece)[1]  # a piece's logits go at once
+                      for piece in self.pieces(x, mine)]
+            logits, losses = None, torch.cat(losses, dim=1)
+        else:
+            logits, losses = self.losses(x, mine)
+        return logits, losses.sum() * self.ring.world_size / (targets != -1).sum()
 
     def inputs(self, idx, ring):
         """
-        Whole sequences (B, T) -> the embeddings x (B, T / world_size, n_embd) of this rank's shard,
-        and of every rank's RoPE's table (world_size, T / world_size, 2, hd) and tokens, with those
-        before each (the first one's: itself): (world_size, B, T / world_size, guess_tokens).
+        Whole sequences (B, T) -> the embeddings x (B, T / world_size, n_embd) of this rank's shard;
+        of every rank's shard tokens, with those before each (the first one's: itself):
+        (world_size, B, T / world_size, guess_tokens); and words, see `Full.know`.
         """
         n, c = idx.shape[1], self.config
         check(n <= c.block_size, f'sequence length ({n}) is above block_size ({c.block_size})',
               'block_size')
         if ring.world_size == 1:  # padding: later than every real token (but in a chunk's mean)
             idx = F.pad(idx, (0, -n % c.chunk_size))
-        ring.shard(idx, c.chunk_size)  # refuses lengths that cannot be shared out
+        ring.check(idx.shape[1], c.chunk_size)
         where = positions(idx.shape[1], ring.world_size, idx.device)  # (world_size, T)
         back = where.unsqueeze(-1) - torch.arange(c.guess_tokens, device=idx.device)
         tokens = idx[:, back.clamp(min=0)].transpose(0, 1)
-        return self.wte(tokens[ring.rank, ..., 0]), self.table[where], tokens
+        reads_words = any(block.attn.active and block.attn.active.reads_words for block in self.h)
+        words = self.ln_words(self.wte.weight) if reads_words else None
+        return self.wte(tokens[ring.rank, ..., 0]), tokens, words
 
     def hidden(self, idx, ring):
         """All but the head: (B, T) -> (B, T / world_size, n_embd)."""
-        x, table, tokens = self.inputs(idx, ring)
+        x, tokens, words = self.inputs(idx, ring)
+        below = []  # what arrived for the layers so far
         for block in self.h:
-            x = block(x, ring, table, tokens, self.wte.weight)
+            x, below = block(x, ring, tokens, words, below)
         return x[:, :idx.shape[1]]
 
     def pieces(self, *tensors):
@@ -628,13 +639,14 @@ class GPT(nn.Module):
         Of whole sequences (B, T), as in `forward` -> of this rank's shard each token's loss, 0 if
         ignored, and whether the target is the likeliest token: (B, T / world_size) each.
         """
-        found = []
-        with kernels.compiling(self.config.compile):
-            mine = self.ring.shard(targets, self.config.chunk_size)
-            for x, y in self.pieces(self.hidden(idx, self.ring), mine):
-                logits, losses = self.losses(x, y)
-                found.append((losses, logits.argmax(-1) == y))
-        return tuple(torch.cat(parts, dim=1) for parts in zip(*found))
+        kernels.compile_fused(self.config.compile)
+        losses, right = [], []
+        mine = self.ring.shard(targets, self.config.chunk_size)
+        for x, y in self.pieces(self.hidden(idx, self.ring), mine):
+            logits, piece = self.losses(x, y)
+            losses.append(piece)
+            right.append(logits.argmax(-1) == y)
+        return torch.cat(losses, dim=1), torch.cat(right, dim=1)
 
     # -- a codec's life: warm start, on, unplugged
 
@@ -650,39 +662,25 @@ class GPT(nn.Module):
     set_extra_state = set_send
 
     @torch.no_grad()
-    def moments(self, idx=None):
+    def start_codecs(self, batches):
         """
-        For each of self.started, second moments of rows [x, e, 1] over this rank's tokens of idx: x
-        is what its subspace is of, the layer's normed input or its keys and values, e (if there is
-        a guess) the embeddings of the tokens, normed alike. To be summed over ranks and batches.
-        None: x are rows of the weights W of [K, V] = W x, or as in the paper columns; e is 0.
+        Start the codecs, from the lowest layer to the highest, in one forward pass over `batches`,
+        a list of idx (B, T) as in `forward`: sums are over all of them and all ranks of the run.
         """
-        c, of_input, found = self.config, self.config.subspace_of == 'input', []
-        n = c.guess_tokens * c.n_embd if c.guess_dim else 0  # numbers of e
-
-        def moment(x, e):
-            with torch.autocast(x.device.type, enabled=False):  # float32 at least
-                rows = F.pad(torch.cat((x, e[..., :n]), dim=-1).flatten(0, -2), (0, 1), value=1.0)
-                rows = rows.to(kernels.accumulation_dtype(x.dtype))
-                return rows.T @ rows
-
-        if idx is None:
-            for W in (block.attn.c_kv.weight for block in self.started):  # (2 d, n_embd)
-                x = W if of_input else W.T
-                found.append(moment(x, x.new_zeros(len(x), n)))
-            return found
-        x, table, tokens = self.inputs(idx, self.ring)
+        kernels.compile_fused(False)
+        words = self.ln_words(self.wte.weight)
+        streams = [(*self.inputs(idx, self.ring)[:2], words, []) for idx in batches]
         for block in self.h:
             if block in self.started:
-                normed, e = block.ln_1(x), block.ln_1(self.wte(tokens[self.ring.rank])).flatten(2)
-                found.append(moment(normed if of_input else block.attn.c_kv(normed), e))
-            x = block(x, self.ring, table, tokens, self.wte.weight)
-        return found
-
-    def start_codecs(self, moments):
-        """moments: the sums of all that `moments` gave."""
-        for block, moment in zip(self.started, moments):
-            block.attn.codec.start(moment, block.attn.c_kv)
+                codec, W, rank = block.attn.codec, block.attn.c_kv.weight, self.ring.rank
+                moment = sum(codec.moment(block.ln_1(x), tokens[rank], words,
+                                          [z[rank] for z in below], W)
+                             for x, tokens, words, below in streams)
+                average([moment], self.ring)
+                codec.start(moment, W)
+            for i, (x, tokens, words, below) in enumerate(streams):
+                x, below = block(x, self.ring, tokens, words, below)
+                streams[i] = x, tokens, words, below
 
     # -- nanoGPT's interface
 
@@ -720,8 +718,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """Continue idx (B, T), T > 0, on this process alone -> (B, T + max_new_tokens)."""
+        kernels.compile_fused(False)
         for _ in range(max_new_tokens):
-            x = self.hidden(idx[:, -self.config.block_size:], Ring())  # not compiled
+            x = self.hidden(idx[:, -self.config.block_size:], Ring())
             logits = self.lm_head(self.ln_f(x[:, -1])).float() / temperature
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, [-1]]
@@ -729,19 +728,6 @@ class GPT(nn.Module):
             new = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
             idx = torch.cat((idx, new), dim=1)
         return idx
-
-
-class _Replay(torch.autograd.Function):
-    """The loss of a replayed step, whose backward hands out gradients that are already there."""
-
-    @staticmethod
-    def forward(ctx, loss, gradients, *params):
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, dloss):  # as new tensors: the next replay writes over the old ones
-        return None, None, *torch._foreach_mul(ctx.gradients, dloss)
 
 
 class graphed:
@@ -754,74 +740,38 @@ class graphed:
 
     def __init__(self, model, idx, targets):
         self.model, self.batch, meter = model, (idx.clone(), targets.clone()), model.ring.meter
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        params = [p for p in model.parameters() if p.requires_grad]
         before, stream = Counter(meter), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what is made at first use: compiled code, communicators
             for _ in range(3):
-                found = self.step()[1]
+                gradients = self.step(params)[1]
         torch.cuda.synchronize()
-        self.params = [p for p, g in zip(self.params, found) if g is not None]
-        del found
+        self.params = [p for p, g in zip(params, gradients) if g is not None]
+        del gradients
         meter.clear()
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: NCCL's watchdog, another thread, goes on asking after finished exchanges
         with torch.cuda.graph(self.graph, stream=stream, capture_error_mode='thread_local'):
-            self.loss, self.gradients = self.step()
+            self.loss, self.gradients = self.step(self.params)
         self.counted = Counter(meter)  # by one step: a replay does not pass through Python
         meter.clear()
         meter.update(before)
 
-    def step(self):
+    def step(self, params):
         loss = self.model(*self.batch)[1]
-        return loss.detach(), torch.autograd.grad(loss, self.params, allow_unused=True)
+        return loss.detach(), torch.autograd.grad(loss, params, allow_unused=True)
 
     def __call__(self, *batch):
         torch._foreach_copy_(self.batch, batch)
         self.graph.replay()
         self.model.ring.meter.update(self.counted)
-        return _Replay.apply(self.loss, self.gradients, *self.params)
+        loss = self.loss.clone().requires_grad_()
+        loss.register_hook(self.add_gradients)
+        return loss
 
-
-# -----------------------------------------------------------------------------
-# `python mos_cp.py`: what the codec costs a training step on one process
-
-def _milliseconds(config, device):
-    """Of a step, forward, backward and AdamW, in bf16: median of 5, after 4 to warm up."""
-    gc.collect()  # the last call's CUDA graph, whose memory hangs in cycles
-    torch.manual_seed(0)
-    model = GPT(config).to(device)
-    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device)
-    batch = torch.randint(config.vocab_size, (2, 1, config.block_size), device=device).unbind()
-    autocast = torch.autocast(device, torch.bfloat16, cache_enabled=False)
-    with autocast:
-        loss_of = graphed(model, *batch) if device == 'cuda' else lambda *batch: model(*batch)[1]
-
-    def step():
-        with autocast:
-            loss = loss_of(*batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()  # waits for all of it
-    return sorted(timeit.repeat(step, number=1, repeat=9)[4:])[2] * 1e3
-
-
-def _benchmark():
-    device, chip, rows = 'cpu', 'CPU', {'tiny, T 256': {}}
-    if torch.cuda.is_available():
-        device, chip, rows = 'cuda', torch.cuda.get_device_name(), {
-            '124m, T 16384': dict(n_layer=12, n_head=12, n_embd=768, block_size=16384),
-            '800m, T 32768': dict(n_layer=8, n_head=8, n_embd=2048, n_ff=8192, block_size=32768)}
-    codecs = dict(send='full'), dict(n_generators=0, guess_dim=0), dict(n_generators=0), {}
-    print(f'{chip}, torch {torch.__version__}, bf16, compiled; ms a step of one sequence, 128 '
-          'numbers\n\n| model | full | one subspace | guess, one subspace | guess, mixture |\n|'
-          + 5 * '---|')
-    for name, sizes in rows.items():
-        times = [_milliseconds(GPTConfig(latent_dim=128, compile=True, **codec, **sizes), device)
-                 for codec in codecs]
-        print(f'| {name} | ' + ' | '.join(f'{t:.1f}' for t in times) + ' |', flush=True)
-
-
-if __name__ == '__main__':
-    _benchmark()
+    def add_gradients(self, dloss):
+        """The loss's backward: the gradients are there already, for a dloss of 1."""
+        # new tensors: the next replay writes over the old ones
+        for p, gradient in zip(self.params, torch._foreach_mul(self.gradients, dloss)):
+            p.grad = gradient if p.grad is None else p.grad + gradient

@@ -35,42 +35,33 @@ import kernels
 # -----------------------------------------------------------------------------
 # The layout
 
-def zigzag(n, world_size, rank):
+def positions(n, world_size, device='cpu'):
     """
-    Which of n chunks (or tokens) `rank` holds, in its local order: as many from the front as from
-    the back of the sequence; one rank alone all, in order. ValueError if they cannot be shared out.
+    Which of n tokens (or chunks) every rank holds, in its local order: (world_size, n / world_size)
+    int64. As many are from the front as from the back of the sequence; one rank alone has all.
     """
     if world_size == 1:
-        return list(range(n))
-    if n % (2 * world_size):
-        raise ValueError(f'n_chunks ({n}) must be a multiple of 2 * cp ({2 * world_size}): '
-                         'change --n_chunks or --cp')
+        return torch.arange(n, device=device).unsqueeze(0)
     half = n // (2 * world_size)
-    back = n - (rank + 1) * half
-    return [*range(rank * half, (rank + 1) * half), *range(back, back + half)]
+    rank = torch.arange(world_size, device=device).unsqueeze(1)
+    piece = torch.arange(half, device=device)
+    return torch.cat((rank * half + piece, n - (rank + 1) * half + piece), dim=1)
 
 
-@functools.lru_cache(maxsize=64)
-def positions(n_tokens, world_size, device):
-    """Global positions of every rank's tokens in their local order: (world_size, T)."""
-    return torch.tensor([zigzag(n_tokens, world_size, r) for r in range(world_size)], device=device)
+def zigzag(n_chunks, world_size, rank):
+    """A list of the chunks that `rank` holds. ValueError if they cannot be shared out."""
+    if world_size > 1 and n_chunks % (2 * world_size):
+        raise ValueError(f'n_chunks ({n_chunks}) must be a multiple of 2 * cp ({2 * world_size}): '
+                         'change --n_chunks or --cp')
+    return positions(n_chunks, world_size)[rank].tolist()
 
 
 def visible(span, T, rank, source):
     """
     The attention kernels that the queries of `rank` need over the shard of rank `source`, both of T
     tokens: a tuple of `Call`. source None: over their own keys and values as they are, within
-    pieces of `span` tokens, which divides T. span 0: there is no such exact part. Else what is left
-    of the own shard is below the diagonal, here of eight pieces:
-
-        .                   A row for each piece's queries, a column for its keys; exact (.) are
-        c .                 those of the piece itself. One kernel does each letter: the back half
-        b b .               sees the front half (a); in each half, now a sequence of its own, the
-        b b c .             back half sees the front half (b), and in each half of these (c).
-        a a a a .
-        a a a a c .         An odd number of pieces has no halves: there, one kernel for each piece
-        a a a a b b .       but the first, which sees all before it.
-        a a a a b b c .
+    pieces of `span` tokens, which divides T. span 0: there is no such exact part. Else of the own
+    shard each piece but the first sees all pieces before it.
     """
     Call, everything, front, back = kernels.Call, slice(0, T), slice(0, T // 2), slice(T // 2, T)
     if source is None:
@@ -81,19 +72,14 @@ def visible(span, T, rank, source):
         return (Call(1, back, everything, False),)
     if not span:
         return (Call(1, everything, everything, True),)
-    calls, n_sequences, n_pieces = [], 1, T // span  # n_pieces in each sequence
-    while n_pieces % 2 == 0:
-        half = n_pieces // 2 * span
-        calls.append(Call(n_sequences, slice(half, 2 * half), slice(0, half), False))
-        n_sequences, n_pieces = 2 * n_sequences, n_pieces // 2
-    return (*calls, *(Call(n_sequences, slice(start, start + span), slice(0, start), False)
-                      for start in range(span, n_pieces * span, span)))
+    return tuple(Call(1, slice(start, start + span), slice(0, start), False)
+                 for start in range(span, T, span))
 
 
 # -----------------------------------------------------------------------------
 # Ring attention
 
-def attend(ring, q, k, v, payload, codec, weights, table, tokens, span):
+def attend(ring, q, k, v, payload, known, weights, codec, rebuild, span):
     """
     Causal attention of this rank's queries over the keys and values of the whole ring (Liu et al.
     2023), where what travels is a payload that a codec turns into keys and values, from every rank
@@ -102,49 +88,46 @@ def attend(ring, q, k, v, payload, codec, weights, table, tokens, span):
     q: (B, T, H, hd), k, v: (B, T, Hkv, hd): this rank's T tokens, q and k with RoPE.
     payload: tuple of tensors (B, S, ...), S = T for a token's numbers, or the number of chunks for
         a chunk's; the same shapes on every rank. Floating-point ones get gradients.
-    codec: what stands behind the payload; None: nothing is sent.
+    known: tuple of tensors (world_size, B, T, ...), what this rank knows of every rank's tokens.
+    weights: the tensors that `rebuild` uses, this rank's own for every shard. They get the gradient
+        of this rank's queries: sum over ranks, as for any weight. So does what is known.
+    codec: None: nothing is sent. Else
         .pack(payload) -> the tensors that travel, .unpack(those, last dimensions, dtype) ->
             payload: lossy, its gradient the identity. With gradient=True the same for gradients.
-        .expand(payload, tokens, weights) -> keys before RoPE and values (B, n, 2, Hkv, hd), not a
-            view by Tensor.expand, of n tokens (B, n, ...): a whole shard or its front half.
         .keep: hold what has arrived until backward instead of sending it a second time. Right for a
             small payload; uncompressed it would undo the memory saving of context parallelism.
-    weights: the tensors that `expand` uses, this rank's own for every shard. They get the gradient
-        of this rank's queries: sum over ranks, as for any weight.
-    table: (world_size, T, 2, hd): `kernels.rope_table` at the positions of every rank's tokens.
-    tokens: (world_size, B, T, ...) int64, of every rank's tokens in its local order, or None.
+    rebuild: a function (payload, known, weights, source, n) -> keys with RoPE and values
+        (B, n, Hkv, hd), not views by Tensor.expand, of the first n tokens of rank `source`, of
+        which it gets payload and known (B, n, ...).
     span: within pieces of so many tokens queries see k and v as they are; all else comes through
         the codec, also what lies on this rank. 0: everything comes through the codec.
-    Returns (B, T, H, hd) in q's dtype. Accumulates in float32 at least.
+    Returns out (B, T, H, hd) in q's dtype, and with `keep` what arrived of each floating-point
+    tensor of the payload: (world_size, B, S, ...), every rank's, as unpacked. Its gradient goes home
+    in the message that goes anyway. Both accumulate in float32 at least.
     """
-    T, calls_for = q.shape[1], functools.partial(visible, span, q.shape[1], ring.rank)
-
-    def rebuild(payload, weights, source):
-        n_tokens = T // (2 if source < ring.rank else 1)  # any query here sees no more
-        theirs = None if tokens is None else tokens[source]
-        return _rebuild(codec, payload, theirs, weights, table[source], n_tokens)
-    return _Attend.apply(ring, codec, calls_for, rebuild, [t.shape[-1] for t in payload],
-                         q, k, v, *payload, *weights)
+    return _Attend.apply(ring, codec, rebuild, span, len(payload), len(known),
+                         q, k, v, *payload, *known, *weights)
 
 
-@kernels.fused
-def _rebuild(codec, payload, tokens, weights, table, n_tokens):
-    """-> keys with RoPE and values (B, n_tokens, Hkv, hd) of the first tokens of a shard."""
-    part = [t[:, :t.shape[1] * n_tokens // len(table)] for t in payload]
-    kv = codec.expand(part, None if tokens is None else tokens[:, :n_tokens], weights)
-    return kernels.rope(kv[:, :, 0], table[:n_tokens]), kv[:, :, 1]
+def first_tokens(tensors, n, T):
+    """Of tensors (B, S, ...) that belong to T tokens the part of the first n: (B, S n / T, ...)."""
+    return [t[:, :t.shape[1] * n // T] for t in tensors]
 
 
 @kernels.fused
-def _add_up(codec, total, wire, sizes, dtype):
-    """total plus the gradient that came as `wire`. Sums are in `dtype`; a first one stays."""
-    found = codec.unpack(wire, sizes, dtype, gradient=True)
-    return found if total is None else [t.to(dtype) + f for t, f in zip(total, found)]
+def add_up(totals, gradients, dtype):
+    """Sums of lists, item by item, in `dtype`. None is nothing; a first one stays as it is."""
+    sums = []
+    for total, gradient in zip(totals, gradients):
+        if total is not None and gradient is not None:
+            total = total.to(dtype) + gradient
+        sums.append(gradient if total is None else total)
+    return sums
 
 
 class _Attend(torch.autograd.Function):
     """
-    With keys and values K, V = expand(payload) of every shard, and lse the log of the softmax's
+    With keys and values K, V = rebuild(payload) of every shard, and lse the log of the softmax's
     denominator over all of them:
 
         P = exp(Q K^T / sqrt(hd) - lse)     out = sum of P V
@@ -155,80 +138,117 @@ class _Attend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, ring, codec, calls_for, rebuild, sizes, q, k, v, *tensors):
-        payload, weights = tensors[:len(sizes)], tensors[len(sizes):]
-        ctx.given = ring, codec, calls_for, rebuild, sizes
-        ctx.floating = [t.is_floating_point() for t in payload]
-        ctx.compiling = kernels.is_compiling()  # another thread runs the backward pass
+    def forward(ctx, ring, codec, rebuild, span, n_payload, n_known, q, k, v, *tensors):
+        payload, known = tensors[:n_payload], tensors[n_payload:n_payload + n_known]
+        weights, T = tensors[n_payload + n_known:], q.shape[1]
+        sizes, sum_dtype = [t.shape[-1] for t in payload], kernels.accumulation_dtype(q.dtype)
         own, arriving, ctx.shards, out, lse = [], [], [], None, None
+        keep = codec is not None and codec.keep
+        arrived = [t.new_empty(ring.world_size, *t.shape, dtype=sum_dtype)
+                   for t in payload if keep and t.is_floating_point()]
         with torch.autocast(q.device.type, enabled=False):
             # 1. Our payload leaves, and theirs are under way to us (at once, if we keep them all).
             if codec:
                 wire = codec.pack([t.detach() for t in payload])
-                own, arriving = [(ring.rank, wire)], ring.circulate(wire, 'fwd', codec.keep)
+                own, arriving = [(ring.rank, wire)], ring.circulate(wire, 'fwd', keep)
             # 2. Meanwhile our queries attend to our own keys and values as they are,
-            if exact := calls_for(None):
+            if exact := visible(span, T, ring.rank, None):
                 out, lse = kernels.shard_forward(q, k, v, exact)
             # 3. and to those rebuilt from each payload, our own first.
             for source, wire in chain(own, arriving):
-                if source == ring.rank or codec.keep:  # for backward
+                if source == ring.rank or keep:  # for backward
                     ctx.shards.append((source, wire))
-                if seen := calls_for(source):
-                    rebuilt = rebuild(codec.unpack(wire, sizes, q.dtype), weights, source)
-                    out, lse = kernels.shard_forward(q, *rebuilt, seen, out, lse)
+                shard = codec.unpack(wire, sizes, q.dtype)
+                for t, place in zip((t for t in shard if t.is_floating_point()), arrived):
+                    place[source] = t
+                if calls := visible(span, T, ring.rank, source):
+                    n = T // 2 if source < ring.rank else T  # no query here sees more
+                    keys_values = rebuild(first_tokens(shard, n, T),
+                                          first_tokens([t[source] for t in known], n, T),
+                                          weights, source, n)
+                    out, lse = kernels.shard_forward(q, *keys_values, calls, out, lse)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, *weights)
-        return out
+        ctx.save_for_backward(q, k, v, out, lse, *known, *weights)
+        ctx.args = ring, codec, rebuild, span, n_known, sizes
+        ctx.payload_dtypes = [t.dtype for t in payload]
+        ctx.set_materialize_grads(False)  # None for what arrived, where nobody uses it
+        return out, *arrived
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx, dout, *darrived):
         if ctx.shards is None:
             raise RuntimeError('a second backward through ring attention: what arrived is gone')
-        ring, codec, calls_for, rebuild, sizes = ctx.given
-        of_gradient = [size for size, floating in zip(sizes, ctx.floating) if floating]
-        q, k, v, out, lse, *weights = ctx.saved_tensors
-        # copies, whose .grad adds up over the shards: each has a small graph of its own
-        weights = [p.detach().requires_grad_(p.requires_grad) for p in weights]
+        ring, codec, rebuild, span, n_known, sizes = ctx.args
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        known, weights = tensors[:n_known], tensors[n_known:]
+        T, sum_dtype = q.shape[1], kernels.accumulation_dtype(q.dtype)
+        dtypes = [dtype for dtype in ctx.payload_dtypes if dtype.is_floating_point]
+        of_gradient = [n for n, dtype in zip(sizes, ctx.payload_dtypes) if dtype.is_floating_point]
+        darrived = darrived or [None] * len(dtypes)
         dout, dq, dk, dv = dout.contiguous(), None, None, None
-        dpayload, sum_dtype = None, kernels.accumulation_dtype(q.dtype)  # of our own payload
-        coming = deque()  # the shares of it, ours and the other ranks'
-        with torch.autocast(q.device.type, enabled=False), kernels.compiling(ctx.compiling):
+        dpayload, dweights = [None] * len(dtypes), [None] * len(weights)
+        dknown = [torch.zeros_like(t) if t.requires_grad else None for t in known]
+        coming = deque()  # the shares of the gradient of our own payload, ours and other ranks'
+
+        def add_next():
+            gradient = codec.unpack(coming.popleft()(), of_gradient, sum_dtype, gradient=True)
+            return add_up(dpayload, gradient, sum_dtype)
+        with torch.autocast(q.device.type, enabled=False):
             # 1. The payloads: those that were too large to keep travel a second time.
             own, others = ctx.shards[:1], ctx.shards[1:]
             if codec and not codec.keep:
                 others = ring.circulate(own[0][1], 'bwd', False)
             # 2. Meanwhile attention to our own keys and values as they are: dQ, dK, dV.
-            if exact := calls_for(None):
+            if exact := visible(span, T, ring.rank, None):
                 dq, dk, dv = kernels.shard_backward(dout, q, k, v, out, lse, exact)
             # Then shard by shard, all ranks in the same order of hops, so that exchanges meet. Our
             # own comes last: computing it hides the last gradient's way.
             for source, wire in chain(others, own):
-                if not (seen := calls_for(source)):  # our own, all of it exact
-                    continue
-                # 3. Its K and V once more, now as a graph from its payload and the weights.
-                payload = [t.detach().requires_grad_(t.is_floating_point())
-                           for t in codec.unpack(wire, sizes, q.dtype)]
-                with torch.enable_grad():
-                    keys, values = rebuild(payload, weights, source)
-                # 4. Attention to it: its share of our dQ, our queries' share of its dK and dV.
-                dq, dkeys, dvalues = kernels.shard_backward(
-                    dout, q, keys.detach(), values.detach(), out, lse, seen, dq)
-                # 5. From dK and dV through `expand` to the gradients of its payload and weights.
-                torch.autograd.backward((keys, values), (dkeys, dvalues))
-                sent = codec.pack([t.grad for t in payload if t.requires_grad], gradient=True)
-                # 6. The payload's goes home, h ranks on; ours comes from h back (0: rounded too).
-                h = source - ring.rank
-                coming.append(ring.exchange(sent, h, 'bwd') if h else lambda own=sent: own)
+                dshard = [None if t is None else t[source] for t in darrived]
+                if calls := visible(span, T, ring.rank, source):  # else our own, all of it exact
+                    # 3. Its K and V once more, now as a graph from its payload, what is known of
+                    #    it, and the weights.
+                    n = T // 2 if source < ring.rank else T
+                    shard = codec.unpack(wire, sizes, q.dtype)
+                    parts = shard, [t[source] for t in known], weights
+                    shard, of_source, copies = (
+                        [t.detach().requires_grad_(t.is_floating_point()) for t in part]
+                        for part in parts)
+                    with torch.enable_grad():
+                        keys, values = rebuild(first_tokens(shard, n, T),
+                                               first_tokens(of_source, n, T), copies, source, n)
+                    # 4. Attention to it: its share of our dQ, our queries' share of its dK, dV.
+                    dq, dkeys, dvalues = kernels.shard_backward(
+                        dout, q, keys.detach(), values.detach(), out, lse, calls, dq)
+                    # 5. From dK and dV through `rebuild` to the gradients of all it used.
+                    leaves = [t for t in (*shard, *of_source, *copies) if t.requires_grad]
+                    gradients = iter(torch.autograd.grad(
+                        (keys, values), leaves, (dkeys, dvalues), allow_unused=True))
+                    dshard = add_up(dshard, [next(gradients) for t in shard if t.requires_grad],
+                                    sum_dtype)
+                    for total, t in zip(dknown, of_source):
+                        gradient = next(gradients) if t.requires_grad else None
+                        if total is not None and gradient is not None:
+                            total[source] = gradient
+                    dweights = add_up(dweights, list(gradients), sum_dtype)
+                # 6. The payload's goes home, h ranks on, with what the layers above made of what
+                #    arrived; ours comes from h back (0: rounded too).
+                if any(t is not None for t in dshard):
+                    sent = codec.pack([t.to(dtype) for t, dtype in zip(dshard, dtypes)],
+                                      gradient=True)
+                    h = source - ring.rank
+                    coming.append(ring.exchange(sent, h, 'bwd') if h else lambda sent=sent: sent)
                 if len(coming) > 1 and not codec.keep:  # large ones: hold one at a time
-                    dpayload = _add_up(codec, dpayload, coming.popleft()(), of_gradient, sum_dtype)
-            # 7. Add up what comes home. (The weights' gradients stay: each rank has its share.)
-            for wait in coming:
-                dpayload = _add_up(codec, dpayload, wait(), of_gradient, sum_dtype)
-        ctx.shards, dpayload = None, iter(dpayload or [])  # autograd may hold ctx for longer
-        return (*5 * [None], dq.to(q.dtype), dk, dv,
-                *(next(dpayload, None) if f else None for f in ctx.floating),
-                *(p.grad for p in weights))
+                    dpayload = add_next()
+            # 7. Add up what comes home. (The others' gradients stay: each rank has its share.)
+            while coming:
+                dpayload = add_next()
+        ctx.shards, dpayload = None, iter(dpayload)  # autograd may hold ctx for longer
+        return (*6 * [None], dq.to(q.dtype), dk, dv,
+                *(next(dpayload) if dtype.is_floating_point else None
+                  for dtype in ctx.payload_dtypes),
+                *dknown, *dweights)
 
 
 # -----------------------------------------------------------------------------
@@ -272,14 +292,18 @@ class Ring:
         """Book one exchange of n bytes each way. phase: 'fwd', 'bwd' or 'sync'."""
         self.meter.update({f'sent_{phase}': n, f'received_{phase}': n, f'exchanges_{phase}': 1})
 
+    def check(self, n_tokens, chunk_size):
+        """ValueError if so many tokens cannot be shared out without cutting a chunk."""
+        if n_tokens % chunk_size and self.world_size > 1:
+            raise ValueError(f'sequence length ({n_tokens}) must be a multiple of the chunk size '
+                             f'({chunk_size})')
+        zigzag(n_tokens // chunk_size, self.world_size, self.rank)
+
     def shard(self, x, chunk_size):
         """Our part (B, T / world_size, ...) of x (B, T, ...). ValueError if that cuts a chunk."""
         if self.world_size == 1:
             return x
-        if x.shape[1] % chunk_size:
-            raise ValueError(f'sequence length ({x.shape[1]}) must be a multiple of the chunk size '
-                             f'({chunk_size})')
-        zigzag(x.shape[1] // chunk_size, self.world_size, self.rank)  # complains of n_chunks
+        self.check(x.shape[1], chunk_size)
         return x[:, positions(x.shape[1], self.world_size, x.device)[self.rank]]
 
     def exchange(self, tensors, hop, phase):
@@ -429,11 +453,11 @@ class Rehearsal(Ring):
 # `python ring.py`: how fast ring attention is on this machine
 
 class _Uncompressed:
-    """The simplest codec: the payload is kv (B, T, 2, H, hd)."""
+    """The simplest codec: the payload is kv (B, T, 2, H, hd), keys with RoPE."""
     keep = False
     pack = staticmethod(lambda tensors, gradient=False: list(tensors))
     unpack = staticmethod(lambda wire, sizes, dtype, gradient=False: list(wire))
-    expand = staticmethod(lambda payload, tokens, weights: payload[0])
+    rebuild = staticmethod(lambda payload, known, weights, source, n: payload[0].unbind(2))
 
 
 def _milliseconds(f, n, as_graph=False):
@@ -493,11 +517,11 @@ def _benchmark(rank, P, store):
         whole = torch.randn(4, 1, T, H, hd, dtype=dtype, device=device)
         q, k, v, dout = (ring.shard(x, n_tokens // 2).requires_grad_() for x in whole)
         kv = torch.stack((k, v), dim=2).detach().requires_grad_()
-        table = kernels.rope_table(1, hd, 1.0).to(device).expand(P, n_tokens, 2, hd)  # position 0
 
         def ours(compiling=False):
-            with kernels.compiling(compiling):
-                out = attend(ring, q, k, v, (kv,), _Uncompressed(), (), table, None, span=n_tokens)
+            kernels.compile_fused(compiling)
+            codec = _Uncompressed()
+            out, = attend(ring, q, k, v, (kv,), (), (), codec, codec.rebuild, span=n_tokens)
             return out.detach(), *torch.autograd.grad(out, (q, k, v, kv), dout)
         whole = [x.transpose(1, 2).contiguous() for x in whole]  # (1, H, T, hd), as PyTorch likes
         expected, one = _theirs(*whole, n)
