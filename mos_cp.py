@@ -188,28 +188,29 @@ class Mixture(Full):
             rows = F.pad(rows, (0, 1), value=1.0)
             return rows.T @ rows
 
+    @torch.no_grad()
     def start(self, moment, W):
         """
         From the sum of all `moment`s: the guess becomes the regression of x on e and z of the
         layers below, the subspace what is best for W of what that leaves.
         """
         C, W, n = moment.double(), W.double(), len(self.E)
-        left = C[:n, :n]
-        if m := self.m:
-            # 1. Ridge regression: R = argmin |x - R [e, 1]|^2 + 0.01 mean(e_i^2) |R|^2
-            ex, ee = C[n:, :n], C[n:, n:]
-            ridge = torch.full_like(ee[0], 0.01 * ee.diagonal()[:-1].mean() + 1e-6)
-            ridge[-1] = 1e-6  # the last column, b, is not made smaller
-            R = torch.linalg.solve(ee + ridge.diag(), ex).T  # (n, guess_tokens * n_embd + 1)
-            # 2. The m numbers that say most of R [e, 1] to W, and how
-            to_t, A = bottleneck(R @ ee @ R.T, W, m)
-            W_e = R[:, :-1].T @ to_t  # (guess_tokens * n_embd, m); s stays random
-            self.W_e[..., :m] = W_e.unflatten(0, (-1, self.config.n_embd))
-            self.A.copy_(A)
-            self.b.copy_(R[:, -1])
-            # 3. The same sums of x - g, where g = [A W_e^T, b] [e, 1]
-            R = torch.cat((A @ W_e.T, R[:, -1:]), dim=1)
-            left = left - R @ ex - (R @ ex).T + R @ ee @ R.T
+        xy, yy = C[:n, n:], C[n:, n:]  # y = [e, z, 1]
+        if self.m:
+            # 1. The m numbers of e that say most to W beside z: t, so that y = [t, z, 1]
+            n_e = self.W_e[..., 0].numel()
+            R, rest = regression(xy, yy), slice(n_e, None)
+            left = yy[:n_e, :n_e] - regression(yy[:n_e, rest], yy[rest, rest]) @ yy[rest, :n_e]
+            to_t, _ = bottleneck(R[:, :n_e] @ left @ R[:, :n_e].T, W, self.m)
+            W_e = R[:, :n_e].T @ to_t
+            self.W_e[..., :self.m] = W_e.unflatten(0, (-1, n))  # s stays random
+            S = torch.block_diag(W_e, torch.eye(len(yy) - n_e).to(C))
+            xy, yy = xy @ S, S.T @ yy @ S
+        # 2. The guess [A, b] is the regression of x on y, the subspace is of x - g
+        R = regression(xy, yy)
+        self.A.copy_(R[:, :-1])
+        self.b.copy_(R[:, -1])
+        left = C[:n, :n] - R @ xy.T - xy @ R.T + R @ yy @ R.T
         for mixed, subspace in zip((self.E, self.D), bottleneck(left, W, self.config.latent_dim)):
             mixed.zero_()
             mixed[:, 0] = subspace
@@ -288,11 +289,22 @@ class Paper(Full):
         W = W.unflatten(0, (2, -1))
         return W @ W.mT
 
+    @torch.no_grad()
     def start(self, moment, W):
         """U_0: the principal directions of the columns of W."""
         for U, M in zip(self.U, moment.double()):
             U_0, _ = bottleneck(M, torch.eye(len(M)).to(M), U.shape[-1])
             U.copy_(self.rotated(U_0))
+
+
+def regression(xy, yy):
+    """
+    Ridge regression from sums xy = sum of x y^T, yy = sum of y y^T, whose last y is 1: R = argmin
+    sum |x - R y|^2 + 0.01 sum_i |R_i|^2 yy_ii, without the last, which is not made smaller.
+    """
+    ridge = 0.01 * yy.diagonal() + 1e-6
+    ridge[-1] = 1e-6
+    return torch.linalg.solve(yy + ridge.diag(), xy.T).T
 
 
 def bottleneck(M, W, r):
@@ -372,7 +384,7 @@ class GPTConfig:
     n_generators: int = 4  # how many matrices theta mixes into the subspace; 0: one subspace
     guess_dim: int = 512  # numbers that a layer looks up for its guess; 0: none, and layer 0 sends
     guess_tokens: int = 2  # tokens that are looked up: this one, and those just before it
-    guess_below: bool = False  # the guess also uses what was sent for the layers below
+    guess_below: bool = True  # the guess also uses what was sent for the layers below
     exact_local: bool = True  # a chunk's own keys and values are exact; False (the paper): rebuilt
     compress_last: bool = True  # False (the paper): the last layer sends full keys and values
     wire_dtype: str = 'auto'  # compute, bf16, int8, int4; auto: int4 for mixture, else compute
@@ -668,8 +680,8 @@ class GPT(nn.Module):
         a list of idx (B, T) as in `forward`: sums are over all of them and all ranks of the run.
         """
         kernels.compile_fused(False)
-        words = self.ln_words(self.wte.weight)
-        streams = [(*self.inputs(idx, self.ring)[:2], words, []) for idx in batches]
+        self.set_send('codec')
+        streams = [(*self.inputs(idx, self.ring), []) for idx in batches]
         for block in self.h:
             if block in self.started:
                 codec, W, rank = block.attn.codec, block.attn.c_kv.weight, self.ring.rank
@@ -773,5 +785,4 @@ class graphed:
     def add_gradients(self, dloss):
         """The loss's backward: the gradients are there already, for a dloss of 1."""
         # new tensors: the next replay writes over the old ones
-        for p, gradient in zip(self.params, torch._foreach_mul(self.gradients, dloss)):
-            p.grad = gradient if p.grad is None else p.grad + gradient
+        torch.autograd.backward(self.params, torch._foreach_mul(self.gradients, dloss))

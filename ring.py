@@ -48,12 +48,11 @@ def positions(n, world_size, device='cpu'):
     return torch.cat((rank * half + piece, n - (rank + 1) * half + piece), dim=1)
 
 
-def zigzag(n_chunks, world_size, rank):
-    """A list of the chunks that `rank` holds. ValueError if they cannot be shared out."""
+def check_chunks(n_chunks, world_size):
+    """ValueError if so many chunks cannot be shared out."""
     if world_size > 1 and n_chunks % (2 * world_size):
         raise ValueError(f'n_chunks ({n_chunks}) must be a multiple of 2 * cp ({2 * world_size}): '
                          'change --n_chunks or --cp')
-    return positions(n_chunks, world_size)[rank].tolist()
 
 
 def visible(span, T, rank, source):
@@ -297,7 +296,7 @@ class Ring:
         if n_tokens % chunk_size and self.world_size > 1:
             raise ValueError(f'sequence length ({n_tokens}) must be a multiple of the chunk size '
                              f'({chunk_size})')
-        zigzag(n_tokens // chunk_size, self.world_size, self.rank)
+        check_chunks(n_tokens // chunk_size, self.world_size)
 
     def shard(self, x, chunk_size):
         """Our part (B, T / world_size, ...) of x (B, T, ...). ValueError if that cuts a chunk."""
@@ -452,7 +451,7 @@ class Rehearsal(Ring):
 # -----------------------------------------------------------------------------
 # `python ring.py`: how fast ring attention is on this machine
 
-class _Uncompressed:
+class Uncompressed:
     """The simplest codec: the payload is kv (B, T, 2, H, hd), keys with RoPE."""
     keep = False
     pack = staticmethod(lambda tensors, gradient=False: list(tensors))
@@ -520,7 +519,7 @@ def _benchmark(rank, P, store):
 
         def ours(compiling=False):
             kernels.compile_fused(compiling)
-            codec = _Uncompressed()
+            codec = Uncompressed()
             out, = attend(ring, q, k, v, (kv,), (), (), codec, codec.rebuild, span=n_tokens)
             return out.detach(), *torch.autograd.grad(out, (q, k, v, kv), dout)
         whole = [x.transpose(1, 2).contiguous() for x in whole]  # (1, H, T, hd), as PyTorch likes

@@ -34,7 +34,7 @@ import torch.distributed as dist
 
 import kernels
 from mos_cp import CHOICES, GPT, GPTConfig, check, graphed
-from ring import Link, PeerError, Rehearsal, Ring, average, waiting, zigzag
+from ring import Link, PeerError, Rehearsal, Ring, average, check_chunks, positions, waiting
 
 # -----------------------------------------------------------------------------
 # Configuration. The fields of RunConfig and of GPTConfig (mos_cp.py) are the flags: name, type,
@@ -58,7 +58,6 @@ class RunConfig:
     sample_tokens: int = 200  # length of that continuation; 0: none
     warm_start: int = 50  # iterations before the codec starts, then in principal directions
     warm_send: str = 'local'  # what travels in these: local (nothing), or full (uncompressed)
-    warm_basis: str = 'activations'  # principal directions of activations, or weights (the paper)
     unplug_at: int = 0  # iteration from which everything is sent uncompressed; 0: never
     batch_size: int = 16  # sequences per micro-step
     gradient_accumulation_steps: int = 1  # micro-steps per iteration, shared out over dp
@@ -88,7 +87,7 @@ class RunConfig:
 PRESETS = {
     'tiny': {},
     # its tokens alone say the answers: nothing may be looked up
-    'needle': dict(data='needle', guess_dim=0, theta='token', codec_lr=0.1, n_layer=2, n_embd=64,
+    'needle': dict(data='needle', guess_dim=0, n_generators=0, codec_lr=0.1, n_layer=2, n_embd=64,
                    block_size=16, n_chunks=4, batch_size=64, max_iters=300, warm_start=10,
                    learning_rate=5e-3, min_lr=2e-4, eval_interval=150, sample_tokens=0),
     '124m': dict(n_layer=12, n_head=12, n_embd=768, latent_dim=128, block_size=16384, batch_size=1,
@@ -102,15 +101,13 @@ PRESETS = {
 
 METHODS = {
     'ours': {},
-    'paper': dict(theta='chunk', n_generators=1, subspace='frozen', subspace_of='apart',
-                  guess_dim=0, exact_local=False, generator_norm='frobenius', theta_max=0.5,
-                  wire_dtype='compute', compress_last=False, warm_send='full',
-                  warm_basis='weights', codec_lr=1.0),
+    'paper': dict(send='paper', n_generators=1, exact_local=False, compress_last=False,
+                  wire_dtype='compute', warm_send='full', codec_lr=1.0),
 }
 
 CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS),
            'init_from': ('scratch', 'resume', 'auto'), 'warm_send': ('local', 'full'),
-           'warm_basis': ('activations', 'weights'), 'device': ('auto', 'cpu', 'cuda'),
+           'device': ('auto', 'cpu', 'cuda'),
            'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 AT_LEAST_1 = ('log_interval', 'eval_interval', 'eval_iters', 'batch_size',
@@ -390,7 +387,7 @@ def plan(argv):
     c, _ = parse_config(argv)
     P, n_tokens = c.rehearse or c.cp or 8, (
         c.batch_size * c.gradient_accumulation_steps * c.block_size)
-    zigzag(c.n_chunks, P, 0)  # complains of n_chunks
+    check_chunks(c.n_chunks, P)
     print(f'{P} ranks of {c.tflops:g} TFLOP/s, {n_tokens:,} tokens an iteration. Computed: what a '
           'rank receives in it;\ntokens/s, if exchanges hide under attention, and the sync under '
           'nothing.')
@@ -427,7 +424,7 @@ class World:
         self.master, self.cp = self.rank == 0, c.rehearse or c.cp or self.world_size
         check(self.world_size % self.cp == 0, f'world size ({self.world_size}) must be a multiple '
               f'of cp ({self.cp})', 'cp', 'nproc_per_node')
-        zigzag(c.n_chunks, self.cp, 0)  # complains of n_chunks
+        check_chunks(c.n_chunks, self.cp)
         self.dp, self.dp_rank = self.world_size // self.cp, self.rank // self.cp
         check(n % self.dp == 0, f'gradient_accumulation_steps ({n}) must be a multiple of dp, '
               f'world size / cp ({self.dp})', 'gradient_accumulation_steps', 'cp')
@@ -579,14 +576,8 @@ def build(c, world, checkpoint):
 def start_codecs(c, model, batches, world, iter_num):
     """The end of the warm start: codecs begin in principal directions, see --warm_basis."""
     model.set_send(c.warm_send)  # of the keys and values of such a model
-    inputs = [None]  # the weights
-    if c.warm_basis == 'activations':
-        inputs = (batches.training(iter_num, micro)[0] for micro in range(world.n_micro))
     with world.autocast:
-        moments = [model.moments(x) for x in inputs]
-    moments = [sum(several) for several in zip(*moments)]
-    average(moments, world.ring)
-    model.start_codecs(moments)
+        model.start_codecs([batches.training(iter_num, micro)[0] for micro in range(world.n_micro)])
     world.broadcast([p for block in model.started for p in block.attn.codec.parameters()],
                     'the first codecs')
 
@@ -660,7 +651,7 @@ def validate(c, model, batches, world):
     """
     ring, config = world.ring, model.config
     sums = torch.zeros(3, c.n_chunks, dtype=torch.float64, device=world.device)
-    mine = zigzag(c.n_chunks, world.cp, ring.rank)
+    mine = positions(c.n_chunks, world.cp)[ring.rank]
     for x, y in batches.validation():
         with world.autocast:
             losses, right = model.evaluate(x, y)  # (B, T / cp)
