@@ -59,8 +59,17 @@ def visible(span, T, rank, source):
     """
     The attention kernels that the queries of `rank` need over the shard of rank `source`, both of T
     tokens: a tuple of `Call`. source None: over their own keys and values as they are, within
-    pieces of `span` tokens, which divides T. span 0: there is no such exact part. Else of the own
-    shard each piece but the first sees all pieces before it.
+    pieces of `span` tokens, which divides T. span 0: there is no such exact part. Else what is left
+    of the own shard is below the diagonal, here of eight pieces:
+
+        .                   A row for each piece's queries, a column for its keys; exact (.) are
+        c .                 those of the piece itself. One kernel does each letter: the back half
+        b b .               sees the front half (a); in each half, now a sequence of its own, the
+        b b c .             back half sees the front half (b), and in each half of these (c).
+        a a a a .
+        a a a a c .         An odd number of pieces has no halves: there, one kernel for each piece
+        a a a a b b .       but the first, which sees all before it.
+        a a a a b b c .
     """
     Call, everything, front, back = kernels.Call, slice(0, T), slice(0, T // 2), slice(T // 2, T)
     if source is None:
@@ -71,8 +80,13 @@ def visible(span, T, rank, source):
         return (Call(1, back, everything, False),)
     if not span:
         return (Call(1, everything, everything, True),)
-    return tuple(Call(1, slice(start, start + span), slice(0, start), False)
-                 for start in range(span, T, span))
+    calls, n_sequences, n_pieces = [], 1, T // span  # n_pieces in each sequence
+    while n_pieces % 2 == 0:
+        half = n_pieces // 2 * span
+        calls.append(Call(n_sequences, slice(half, 2 * half), slice(0, half), False))
+        n_sequences, n_pieces = 2 * n_sequences, n_pieces // 2
+    return (*calls, *(Call(n_sequences, slice(start, start + span), slice(0, start), False)
+                      for start in range(span, n_pieces * span, span)))
 
 
 # -----------------------------------------------------------------------------
@@ -365,36 +379,89 @@ class Ring:
                 yield (self.rank - hop) % self.world_size, under_way.popleft()()
         return arrivals()
 
-    def all_reduce(self, tensor, what, op=dist.ReduceOp.SUM, group=None):
-        """In place, over a group or (None) all ranks of the run. what: for the error message."""
+    # -- over all ranks of the run, not of the ring alone. name: for the error message
+
+    def reduce_over_world(self, tensor, name, op=dist.ReduceOp.SUM):
+        """In place."""
         if dist.is_initialized():
-            with waiting('all other ranks', what):
-                dist.all_reduce(tensor, op, group)
+            with waiting('all other ranks', name):
+                dist.all_reduce(tensor, op)
         return tensor
+
+    def swap_over_world(self, pieces, name):
+        """pieces (N, ...), one for each rank -> those that all ranks have for this one (N, ...)."""
+        received = torch.empty_like(pieces)
+        with waiting('all other ranks', name):
+            dist.all_to_all_single(received, pieces)
+        return received
+
+    def gather_over_world(self, piece, name):
+        """piece (...) -> every rank's (N, ...)."""
+        pieces = piece.new_empty(dist.get_world_size(), *piece.shape)
+        with waiting('all other ranks', name):
+            dist.all_gather(list(pieces), piece)
+        return pieces
+
+
+SYNC_ROW = 128  # numbers that share a scale, where a sync is rounded
+SYNC_PART = 2**26  # numbers averaged at a time: rounding needs several times their memory
 
 
 @torch.no_grad()
-def average(tensors, ring):
+def average(tensors, ring, dtype='compute'):
     """
     Replace tensors, all of one dtype, by their mean over all ranks of the run, not of the ring
-    alone: in one all-reduce, since over a slow link each one costs 2 (N - 1) latencies. The meter
-    counts the least that it costs, 2 (N - 1) / N of the bytes each way (Patarasuk and Yuan 2009).
+    alone; afterwards they are the same on all to the last bit.
+
+    dtype: of the numbers that travel. compute: one all-reduce, since over a slow link each one
+        costs 2 (N - 1) latencies. bf16, int8, int4: each rank gets a piece from all, rounded, adds
+        it up, and returns the mean, rounded again. int8 and int4 are rounded at random, so that
+        nothing is lost on average.
+    The meter counts 2 (N - 1) / N of the bytes each way, the least that it costs (Patarasuk and
+    Yuan 2009).
     """
     N = dist.get_world_size() if dist.is_initialized() else ring.world_size
     if N == 1:
         return
-    link, what = ring.link, 'the average of gradients or weights'
     flat = torch.cat([t.flatten() for t in tensors])
-    n_bytes = 2 * (N - 1) * flat.nbytes // N
-    ring.count('sync', n_bytes)
-    if link.dialled:  # it ends for none before the last has begun
-        leaves = link.send(n_bytes, flat.device)
-        ring.all_reduce(leaves, what, dist.ReduceOp.MAX)
-    ring.all_reduce(flat, what)
-    if link.dialled:  # its steps wait for each other
-        link.receive(n_bytes, left=leaves.item() + (2 * N - 3) * link.latency)
-    parts = flat.div_(N).split([t.numel() for t in tensors])
+    for part in (flat,) if dtype == 'compute' else flat.split(SYNC_PART):
+        n_rows = -(-len(part) // (SYNC_ROW * N))  # of a piece
+        n_bytes = part.nbytes
+        if dtype != 'compute':
+            n_bytes = N * n_rows * {'bf16': 2 * SYNC_ROW, 'int8': SYNC_ROW + 2,
+                                    'int4': SYNC_ROW // 2 + 2}[dtype]
+        n_bytes = 2 * (N - 1) * n_bytes // N
+        ring.count('sync', n_bytes)
+        name, link = 'the average of gradients or weights', ring.link
+        if link.dialled:  # it ends for none before the last has begun
+            leaves = link.send(n_bytes, flat.device)
+            ring.reduce_over_world(leaves, name, dist.ReduceOp.MAX)
+        if dtype == 'compute':
+            ring.reduce_over_world(part, name).div_(N)
+        else:
+            pieces = F.pad(part, (0, N * n_rows * SYNC_ROW - len(part))).view(N, n_rows, SYNC_ROW)
+            pieces = unpack(ring.swap_over_world(pack(pieces, dtype), name), dtype, part.dtype)
+            mean = pack(pieces.sum(dim=0) / N, dtype)
+            mean = unpack(ring.gather_over_world(mean, name), dtype, part.dtype)
+            part.copy_(mean.flatten()[:len(part)])
+        if link.dialled:  # its steps wait for each other
+            link.receive(n_bytes, left=leaves.item() + (2 * N - 3) * link.latency)
+    parts = flat.split([t.numel() for t in tensors])
     torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
+
+
+def pack(x, dtype):
+    """x (..., n) rounded to bf16, int8 or int4 -> bytes (..., m)"""
+    if dtype == 'bf16':
+        return x.to(torch.bfloat16).view(torch.uint8)
+    return kernels.quantize(x, int(dtype[3:]), stochastic=True)
+
+
+def unpack(wire, dtype, to):
+    """The inverse of `pack` for rows of SYNC_ROW numbers -> in dtype `to`."""
+    if dtype == 'bf16':
+        return wire.view(torch.bfloat16).to(to)
+    return kernels.dequantize(wire, int(dtype[3:]), SYNC_ROW, to)
 
 
 # -----------------------------------------------------------------------------
@@ -444,8 +511,14 @@ class Rehearsal(Ring):
         received = [t.clone() for t in sent]
         return lambda: received
 
-    def all_reduce(self, tensor, what, op=dist.ReduceOp.SUM, group=None):
+    def reduce_over_world(self, tensor, name, op=dist.ReduceOp.SUM):
         return tensor.mul_(self.world_size) if op == dist.ReduceOp.SUM else tensor
+
+    def swap_over_world(self, pieces, name):
+        return pieces.clone()
+
+    def gather_over_world(self, piece, name):
+        return piece.expand(self.world_size, *piece.shape).clone()
 
 
 # -----------------------------------------------------------------------------

@@ -39,7 +39,7 @@ import mos_cp
 import train
 from mos_cp import GPT, GPTConfig
 from ring import (Link, Rehearsal, Ring, Uncompressed, add_up, attend, average, positions,
-                  waiting)
+                  visible, waiting)
 
 torch.set_num_threads(1)  # here and in all processes below: tests share the cores with others
 FORKS = mp.get_context('forkserver')  # processes that need not import torch again
@@ -157,6 +157,10 @@ def test_rope():
 
 # -----------------------------------------------------------------------------
 # ring.py: the layout, the simulated link, and whose fault it is
+
+def test_few_kernels():
+    assert len(visible(1, 16, 0, 0)) == 4  # 8, 4, 2, 1 chunks at a time
+
 
 def test_positions():
     """Each rank has as much of the front as of the back; together they have all."""
@@ -434,6 +438,28 @@ def check_codecs_start_alike_on_every_rank(ring):
         assert model.sends == 'codec'
 
 
+def check_average(ring):
+    """Of rank r's numbers: right; rounded: unbiased, equal on all ranks, and counted."""
+    N, n, rank = ring.world_size, 1000, ring.rank
+    xs = [double(n, generator=seeded(r)) for r in range(N)]
+    mean = sum(xs) / N
+    for dtype, n_bytes, error in (('compute', 8 * n, 1e-12), ('bf16', 2 * 1024, 1e-2),
+                                  ('int8', 8 * 130, 2e-2), ('int4', 8 * 66, 0.3)):
+        torch.manual_seed(rank)
+        ring.meter.clear()
+        averages = []
+        for _ in range(40):
+            parts = list(xs[rank].clone().split([300, 700]))
+            average(parts, ring, dtype)
+            averages.append(torch.cat(parts))
+            same = averages[-1].clone()
+            assert torch.equal(ring.reduce_over_world(same, 'a test') / N, averages[-1]), dtype
+            assert_close(averages[-1], mean, dtype, error)
+        assert_close(sum(averages) / 40, mean, f'mean of {dtype}', 1e-2 if dtype == 'bf16' else error / 4)
+        received = 40 * 2 * (N - 1) * n_bytes // N
+        assert ring.meter['received_sync'] == ring.meter['sent_sync'] == received, dtype
+
+
 def check_evaluation_is_that_of_forward(ring):
     """Losses and right answers of this rank's shard, whether or not logits are kept."""
     idx, targets = random_tokens(seeded(2))
@@ -442,7 +468,7 @@ def check_evaluation_is_that_of_forward(ring):
     for recompute in (False, True):
         losses, found = small_model(ring, recompute=recompute).evaluate(idx, targets)
         assert torch.equal(found, right) and (losses[ring.shard(targets, 4) == -1] == 0).all()
-        total = ring.all_reduce(losses.sum(), 'losses')
+        total = ring.reduce_over_world(losses.sum(), 'losses')
         assert_close(total / (targets != -1).sum(), loss, 'loss')
 
 
@@ -1264,7 +1290,7 @@ AVERAGE = 'the average of gradients or weights'
 @pytest.mark.parametrize('where, argv, victim, function, mark, call, how', (
     ('forward exchange', '', 2, 'exchange', 'fwd', 40, 'exit'),
     ('backward exchange', '', 1, 'exchange', 'bwd', 41, signal.SIGKILL),
-    (AVERAGE, '--sync_every=2', 0, 'all_reduce', AVERAGE, 3, signal.SIGSTOP)))
+    (AVERAGE, '--sync_every=2', 0, 'reduce_over_world', AVERAGE, 3, signal.SIGSTOP)))
 def test_a_dead_peer_ends_all(tmp_path, where, argv, victim, function, mark, call, how):
     """Exit, SIGKILL and SIGSTOP: the others say whom they waited for, and in what."""
     argv = [*SMALL, '--timeout_s=5', '--block_size=96', '--n_chunks=6', '--eval_interval=3',

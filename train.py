@@ -657,7 +657,7 @@ def validate(c, model, batches, world):
             losses, right = model.evaluate(x, y)  # (B, T / cp)
         each = torch.stack((losses.double(), ring.shard(y, config.chunk_size) != -1, right))
         sums[:, mine] += each.unflatten(2, (len(mine), -1)).sum(dim=(1, 3))
-    total, n, n_right = ring.all_reduce(sums, 'validation').sum(dim=1).tolist()
+    total, n, n_right = ring.reduce_over_world(sums, 'validation').sum(dim=1).tolist()
     return {'val_loss': total / n, 'right_answers': n_right / n,
             'val_loss_by_chunk': [loss / n if n else None for loss, n, _ in sums.T.tolist()]}
 
@@ -695,7 +695,7 @@ class Log:
         """Say what happened since the last line, and -> it. before: the meter before the step."""
         c, world, ring, i = self.c, self.world, self.world.ring, at.iter_num - 1
         total = torch.tensor([sum(losses), len(losses)], dtype=torch.float64, device=world.device)
-        total, n = ring.all_reduce(total, 'the average of losses').tolist()
+        total, n = ring.reduce_over_world(total, 'the average of losses').tolist()
         loss = total / n if n else math.nan  # the mean, as one batch's jumps
         dt = (at.seconds - self.since[1]) / (at.iter_num - self.since[0])
         tokens, n_sequences = world.tokens, world.tokens // c.block_size
