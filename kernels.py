@@ -9,7 +9,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import torch._dynamo
 from torch.nn import functional as F
 
 aten = torch.ops.aten
@@ -23,7 +22,6 @@ def accumulation_dtype(dtype):
 # -----------------------------------------------------------------------------
 # torch.compile, for what repeats
 
-torch._dynamo.config.recompile_limit = 64  # several lengths, with grad and without
 _compiling = False
 
 
@@ -38,11 +36,16 @@ def fused(f):
     Decorator: where `compile_fused` is on, f, a function or a method, runs under torch.compile,
     with all that it calls. A method is compiled once for all objects, such as layers.
     """
-    compiled = torch.compile(f, fullgraph=True, dynamic=False)
+    @functools.cache
+    def compiled():
+        torch._dynamo.config.recompile_limit = 64  # several lengths, with grad and without
+        return torch.compile(f, fullgraph=True, dynamic=False)
 
     @functools.wraps(f)
     def wrapper(*args, **kwargs):
-        return (compiled if _compiling else f)(*args, **kwargs)
+        if _compiling and not torch.compiler.is_compiling():  # else traced by a caller, or off
+            return compiled()(*args, **kwargs)
+        return f(*args, **kwargs)
     return wrapper
 
 

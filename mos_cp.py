@@ -514,7 +514,8 @@ class Attention(nn.Module):
         def rebuild(payload, known, weights, source, n):
             return self.rebuild(payload, known, weights, angles(source, n))
         span = c.chunk_size if c.exact_local or not codec else 0
-        if type(codec) is Full and codec.wire_dtype == 'compute':
+        lossless = type(codec) is Full and codec.wire_dtype == 'compute'
+        if lossless or type(codec) is FirstLayer:
             span = T  # exact anyway: a rank's own shard in one piece, which is causal in its order
         projected = self.project(x, norm, angles(ring.rank, T), ring.rank, tokens, words, below)
         y, *arrived = attend(ring, *projected, codec, rebuild, span)
@@ -715,13 +716,14 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """
-        Forward and backward: 6 per parameter, and for causal attention over T tokens 6 T n_embd a
-        layer (12 T n_embd if nothing were masked; Chowdhery et al. 2022, appendix B). T is
-        block_size, or a chunk while nothing is sent.
+        Of the model without its codecs, forward and backward: 6 per parameter, and for causal
+        attention over T tokens 6 T n_embd a layer (12 T n_embd if nothing were masked; Chowdhery et
+        al. 2022, appendix B). T is block_size, or a chunk while nothing is sent.
         """
         c = self.config
+        n_params = sum(p.numel() for name, p in self.named_parameters() if 'codec' not in name)
         spans = (c.block_size if block.attn.active else c.chunk_size for block in self.h)
-        return 6 * self.get_num_params() + 6 * c.n_embd * sum(spans)
+        return 6 * (n_params - self.wte.weight.numel()) + 6 * c.n_embd * sum(spans)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
         """Model FLOPs utilisation: sequences an iteration, its seconds, FLOP/s of all devices."""
