@@ -712,7 +712,7 @@ def describe(c, model, batches, world, at, checkpoint):
         say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}'
             + finished)
         for name in sorted(DEFAULTS.keys() - checkpoint['config'].keys()):
-            say(f'the checkpoint has no --{name}, which is newer: it is {getattr(c, name)}')
+            say(f'the checkpoint has no --{name}, which is newer: it is {getattr(c, name)!r}')
 
 
 # -----------------------------------------------------------------------------
@@ -775,7 +775,8 @@ def validate(c, model, batches, world, it):
     ring, config = world.ring, model.config
     sums = torch.zeros(3, c.n_chunks, dtype=torch.float64, device=world.device)
     mine = zigzag(c.n_chunks, world.cp, ring.rank)
-    for x, y in world.bar(batches.validation(), desc='validation', delay=3):
+    for x, y in world.bar(batches.validation(), total=math.ceil(c.eval_iters / world.dp),
+                          desc='validation', delay=3):
         with world.autocast:
             losses, right = model.evaluate(x, y)  # (B, T / cp)
         each = torch.stack((losses.double(), ring.shard(y, config.chunk_size) != -1, right))
