@@ -826,7 +826,7 @@ def test_more_files_than_descriptors(tmp_path):
 @pytest.mark.parametrize('argv, message', (
     ('--blok_size=8', 'unknown argument --blok_size; the nearest flag is --block_size'),
     ('--lr=1', 'unknown argument --lr; --help lists'), ('--resume', 'argument --resume; --help'),
-    ('config/x.py', r'unknown argument config/x.py: flags only, --key=value'),
+    ('config/x.py', r'unknown argument config/x.py; --help lists all, as --key=value'),
     ('--block_size=1000', r'block_size \(1000\) must be a multiple of n_chunks \(16\): change '
      '--block_size or --n_chunks'),
     ('--n_embd=100 --n_head=3', r'n_embd \(100\) must be a multiple of 2 \* n_head \(6\)'),

@@ -134,31 +134,26 @@ def fail(message):
     sys.exit(f'train.py: {message}')
 
 
-def boolean(text):
-    return {'true': True, '1': True, 'false': False, '0': False}.get(text.lower(), text)
-
-
 def parse_flags(argv):
     """--key=value or --key value -> {key: value} of the flags on the command line, or exits."""
     parser = argparse.ArgumentParser(prog='train.py', usage='train.py [--flag=value ...]',
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = fail
+    parser.error, booleans = fail, {'true': True, '1': True, 'false': False, '0': False}
     for config in (RunConfig, GPTConfig):
         group = parser.add_argument_group(config.__name__)
         comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(config), re.M))
         for f in fields(config):
             how = dict(type=f.type, choices=CHOICES.get(f.name))
             if f.type is bool:  # --flag alone is true
-                how = dict(type=boolean, choices=(True, False), nargs='?', const=True)
+                how = dict(type=lambda text: booleans.get(text.lower(), text), nargs='?',
+                           const=True, choices=(True, False))
             text = f'{comments.get(f.name, "")} [{f.default}]'.replace('%', '%%')
             group.add_argument(f'--{f.name}', metavar=f.type.__name__.upper(), help=text, **how)
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split('=')[0]
         near = difflib.get_close_matches(key.lstrip('-'), DEFAULTS, n=1, cutoff=0.8)
-        if not key.startswith('-'):
-            fail(f'unknown argument {key}: flags only, --key=value')
-        advice = f'the nearest flag is --{near[0]}' if near else '--help lists all flags'
+        advice = f'the nearest flag is --{near[0]}' if near else '--help lists all, as --key=value'
         fail(f'unknown argument {key}; {advice}')
     return vars(flags)
 
@@ -476,7 +471,7 @@ class World:
         timeout = timedelta(seconds=c.timeout_s + 300 * c.compile)  # others may still be compiling
         try:
             store, _, _ = next(dist.rendezvous('env://', timeout=timeout))
-            # torchrun keeps the store, with what an earlier start has left in it, over restarts
+            # torchrun's store outlives a restart, with all that was in it
             self.store = dist.PrefixStore(env.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
             dist.init_process_group('nccl' if cuda else 'gloo', store=self.store, rank=self.rank,
                                     world_size=self.world_size, timeout=timeout,
@@ -485,11 +480,11 @@ class World:
             dist.all_gather_object(everyone, facts)
             group, _ = dist.new_subgroups(self.cp, timeout=timeout)
         except (RuntimeError, OSError) as e:
+            reason = str(e).splitlines()[0][:200]
             raise ValueError(
-                f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): has '
-                f'one stopped? Is {env["MASTER_ADDR"]} the first machine, its port open, and the '
-                'network interface (see ip address) in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME?'
-            ) from e
+                f'rank {self.rank} does not reach the others ({reason}): has one stopped? Is '
+                f'{env["MASTER_ADDR"]} the first machine, its port open, and the network interface '
+                '(see ip address) in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME?') from e
         for other, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
                 if theirs[name] != value:
@@ -609,7 +604,7 @@ class Log:
     def __init__(self, c, model, world, at):
         """Of a log that is there, records of iterations before this one stay. Raises OSError."""
         self.c, self.model, self.world, self.records, self.skipped = c, model, world, [], []
-        self.first = self.last = at.iter_num, at.seconds, Counter()  # the last: at the last line
+        self.first = self.last = at.iter_num, at.seconds, Counter()  # at the start, the last line
         self.losses, self.compression = [], None  # since the last line; as last said
         # what a rank receives in an iteration uncompressed: KV; KV again, and its gradient
         n = c.n_layer * c.batch_size * world.n_micro * c.block_size * (world.cp - 1) // world.cp
@@ -622,8 +617,8 @@ class Log:
         if self.writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-            matches = [re.fullmatch(rb'{"iter": (\d+),.*}', line) for line in lines]
-            kept = [m[0] + b'\n' for m in matches if m and int(m[1]) < at.iter_num]
+            records = [re.fullmatch(rb'{"iter": (\d+),.*}', line) for line in lines]
+            kept = [r[0] + b'\n' for r in records if r and int(r[1]) < at.iter_num]
             config = self.line({'iter': at.iter_num, 'config': vars(c)})
             replace(self.path, lambda f: f.writelines([*kept, config]))
 
