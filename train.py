@@ -674,7 +674,7 @@ class Log:
                 **{k: step[k] for k in ('sent_fwd', 'received_fwd', 'sent_bwd', 'received_bwd')},
                 **{k: sync[k] for k in ('sent_sync', 'received_sync')}}
 
-    def summary(self, at):
+    def say_summary(self, at):
         world, meter, rank = self.world, self.world.ring.meter, self.world.ring.rank
         n, seconds = at.iter_num - self.first[0], at.seconds - self.first[1]
         if n:
@@ -703,15 +703,14 @@ def describe(c, model, batches, world, at, checkpoint):
         say(f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory and bytes. The '
             'losses mean nothing; nothing is validated or saved')
     if checkpoint:
-        finished = '; to go on, raise --max_iters' if at.iter_num >= c.max_iters else ''
-        say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}'
-            + finished)
+        advice = '; to go on, raise --max_iters' if at.iter_num >= c.max_iters else ''
+        say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}{advice}')
         for name in sorted(DEFAULTS.keys() - checkpoint['config'].keys()):
             say(f'the checkpoint has no --{name}, which is newer: it is {getattr(c, name)!r}')
 
 
 # -----------------------------------------------------------------------------
-# What the loop does: what is sent when, validation, and the loop
+# The run: what is sent when, validation, the loop, and all of it from flags to the end
 
 def learning_rate(it, c):
     """Linear warm-up, then cosine decay to min_lr (nanoGPT's schedule)."""
@@ -859,9 +858,6 @@ def train(c, model, optimizer, batches, world, log, at):
             log.write(record)
 
 
-# -----------------------------------------------------------------------------
-# The run
-
 def set_up(argv):
     """-> what `train` needs, or None after --plan. Exits with a sentence if something is wrong."""
     try:
@@ -906,7 +902,7 @@ def main(argv=None):
     except PeerError as e:
         complain(e)
         os._exit(1)  # taking down groups whose members are gone can hang
-    log.summary(at)
+    log.say_summary(at)
     if dist.is_initialized():
         dist.destroy_process_group()
     if world.stopping:
