@@ -9,6 +9,7 @@ Train a GPT on long sequences split over several workers, with compressed ring a
 sent, ring.py the wire.
 """
 import argparse
+import dataclasses
 import difflib
 import errno
 import glob
@@ -30,11 +31,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 import kernels
 from mos_cp import CHOICES, GPT, GPTConfig, check, graphed
-from ring import Link, PeerError, Rehearsal, Ring, average, waiting, zigzag
+from ring import Link, PeerError, Rehearsal, Ring, average, check_chunks, positions, waiting
 
 # -----------------------------------------------------------------------------
 # Configuration. The fields of RunConfig and of GPTConfig (mos_cp.py) are the flags: name, type,
@@ -58,7 +60,6 @@ class RunConfig:
     sample_tokens: int = 200  # length of that continuation; 0: none
     warm_start: int = 50  # iterations before the codec starts, then in principal directions
     warm_send: str = 'local'  # what travels in these: local (nothing), or full (uncompressed)
-    warm_basis: str = 'activations'  # principal directions of activations, or weights (the paper)
     unplug_at: int = 0  # iteration from which everything is sent uncompressed; 0: never
     batch_size: int = 16  # sequences per micro-step
     gradient_accumulation_steps: int = 1  # micro-steps per iteration, shared out over dp
@@ -88,7 +89,7 @@ class RunConfig:
 PRESETS = {
     'tiny': {},
     # its tokens alone say the answers: nothing may be looked up
-    'needle': dict(data='needle', guess_dim=0, theta='token', codec_lr=0.1, n_layer=2, n_embd=64,
+    'needle': dict(data='needle', guess_dim=0, n_generators=0, codec_lr=0.1, n_layer=2, n_embd=64,
                    block_size=16, n_chunks=4, batch_size=64, max_iters=300, warm_start=10,
                    learning_rate=5e-3, min_lr=2e-4, eval_interval=150, sample_tokens=0),
     '124m': dict(n_layer=12, n_head=12, n_embd=768, latent_dim=128, block_size=16384, batch_size=1,
@@ -102,16 +103,13 @@ PRESETS = {
 
 METHODS = {
     'ours': {},
-    'paper': dict(theta='chunk', n_generators=1, subspace='frozen', subspace_of='apart',
-                  guess_dim=0, exact_local=False, generator_norm='frobenius', theta_max=0.5,
-                  wire_dtype='compute', compress_last=False, warm_send='full',
-                  warm_basis='weights', codec_lr=1.0),
+    'paper': dict(send='paper', n_generators=1, exact_local=False, compress_last=False,
+                  wire_dtype='compute', warm_send='full', codec_lr=1.0),
 }
 
 CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS),
            'init_from': ('scratch', 'resume', 'auto'), 'warm_send': ('local', 'full'),
-           'warm_basis': ('activations', 'weights'), 'device': ('auto', 'cpu', 'cuda'),
-           'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
+           'device': ('auto', 'cpu', 'cuda'), 'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 AT_LEAST_1 = ('log_interval', 'eval_interval', 'eval_iters', 'batch_size',
               'gradient_accumulation_steps', 'sync_every', 'timeout_s')  # others: at least 0
@@ -206,6 +204,7 @@ def check_values(c):
     for name, holds, must_be in (
             ('beta1', c.beta1 < 1, 'below 1'), ('beta2', c.beta2 < 1, 'below 1'),
             ('n_chunks', c.data != 'needle' or c.n_chunks % 2 == 0, 'even with --data=needle'),
+            ('dtype', not c.plan or c.dtype != 'float64', 'bfloat16 or float32 with --plan'),
             ('tflops', c.tflops > 0, 'above 0'), ('rehearse', c.rehearse != 1, '0 or at least 2'),
             ('rehearse', not c.rehearse or c.n_chunks % (2 * c.rehearse) == 0,
              f'a divisor of n_chunks / 2 ({c.n_chunks / 2:g})'),
@@ -349,33 +348,28 @@ class Batches:
 # -----------------------------------------------------------------------------
 # Sizing a run before renting machines
 
-def estimate(c, P, s_per_byte, ulysses):
-    """What an iteration costs one of P ranks: bytes of the ring, of the sync, and seconds."""
-    config, n_sequences = model_config(c), c.batch_size * c.gradient_accumulation_steps
-    dtype = getattr(torch, 'bfloat16' if c.dtype == 'auto' else c.dtype)
-    with torch.device('meta'):
-        model = GPT(config)
-        x = torch.empty(n_sequences, config.block_size // P, config.n_embd, dtype=dtype)
-        kv = torch.empty(*x.shape[:2], 2, config.n_kv_head, config.head_dim, dtype=dtype)
-        tokens = torch.zeros(*x.shape[:2], config.guess_tokens, dtype=torch.int64)
-        layers = [codec.wire_bytes(x, kv, tokens, codec.weights(  # a norm changes no shape
-            model.wte.weight, lambda x: x, b.attn.c_kv))
-                  for b in model.h if (codec := b.attn.codec)]
-    fwd, bwd = (sum(n) * (P - 1) for n in zip((0, 0), *layers))
+def estimate(c, P, ulysses):
+    """
+    What an iteration is to one of P ranks -> bytes of the ring forward, backward, of the sync;
+    seconds of attention and of all else.
+    """
+    config, ring = dataclasses.replace(model_config(c), compile=False), Rehearsal(2)
+    n_sequences = c.batch_size * c.gradient_accumulation_steps
+    # a step whose tensors have no numbers, over a ring of two, with as many tokens on a rank
+    with FakeTensorMode(), torch.autocast('cpu', torch.bfloat16, enabled=c.dtype != 'float32'):
+        model = GPT(config, ring)
+        idx = torch.zeros(n_sequences, 2 * c.block_size // max(P, 2), dtype=torch.int64)
+        model(idx, idx)[1].backward()
+    fwd, bwd = ring.meter['received_fwd'] * (P - 1), ring.meter['received_bwd'] * (P - 1)
     if ulysses:  # queries and outputs change hands too, but only a rank's share of the heads
         fwd = bwd = fwd * (1 + config.n_head / config.n_kv_head) / P
     n_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     sync = 2 * (P - 1) / P * n_bytes / c.sync_every
-    s_per_flop = n_sequences * config.block_size / P / c.tflops / 1e12  # of one for each token
-    rest = 6 * model.get_num_params() * s_per_flop
-    attention = model.flops_per_token() * s_per_flop - rest
-    # A layer's exchange can hide under its attention alone, of which two sevenths are forward (4 of
-    # 14 T^2 H hd), and under all but one shard of that: the last to arrive, or the first to have a
-    # gradient. Ulysses' attention waits. The sync hides under nothing.
-    seconds, after = rest + sync * s_per_byte, 1 if ulysses else 1 / P
-    for n_bytes, s in ((fwd, attention * 2 / 7), (bwd, attention * 5 / 7)):
-        seconds += max(s, n_bytes * s_per_byte + s * after)
-    return fwd + bwd, sync, seconds
+    s_per_flop = n_sequences * c.block_size / P / c.tflops / 1e12  # of one for each token
+    # as in GPT.flops_per_token, and 6 for each parameter of a codec
+    span = config.chunk_size if c.send == 'local' else c.block_size
+    attention = 6 * c.n_layer * c.n_embd * span * s_per_flop
+    return fwd, bwd, sync, attention, 6 * model.get_num_params() * s_per_flop
 
 
 def plan(argv):
@@ -383,25 +377,33 @@ def plan(argv):
     c, _ = parse_config(argv)
     P = c.rehearse or c.cp or 8
     n_tokens = c.batch_size * c.gradient_accumulation_steps * c.block_size
-    zigzag(c.n_chunks, P, 0)  # complains of n_chunks
-    rows = [('--send=full', '--send=full')]
+    check_chunks(c.n_chunks, P)
+    rows = {'--send=full': '--send=full'}
     if c.n_head % P == (c.n_kv_head or c.n_head) % P == 0:  # each rank has some of the heads
-        rows.append(('Ulysses', '--send=full'))
+        rows['Ulysses'] = '--send=full'
     if c.n_layer > 1:  # the paper leaves out the last layer
-        rows.append(('--method=paper', '--method=paper --send=mixture'))
-    rows.append(('this configuration', ''))
-    print(f'{P} ranks of {c.tflops:g} TFLOP/s, {n_tokens:,} tokens an iteration. Computed: what a '
-          'rank receives in it;\ntokens/s, if exchanges hide under attention, and the sync under '
+        rows['--method=paper'] = '--method=paper --send=paper'
+    rows['this configuration'] = ''
+    costs = {name: estimate(parse_config([*argv, *flags.split()])[0], P, name == 'Ulysses')
+             for name, flags in rows.items()}
+    print(f'{P} ranks of {c.tflops:g} TFLOP/s, {n_tokens:,} tokens an iteration. Computed: what '
+          'a rank receives in it;\ntokens/s, if exchanges hide under attention, and the sync under '
           'nothing.')
     for mbps in [c.link_mbps] if c.link_mbps else [300, 1000]:
-        s_per_byte = 8e-6 / mbps
+        s = 8e-6 / mbps  # seconds a byte
         print(f'\n{f"at {mbps:g} Mbit/s":<24}{"ring, MB":>12}{"sync, MB":>12}{"ring, s":>12}'
               f'{"sync, s":>12}{"tokens/s":>14}')
-        for name, flags in rows:
-            other, _ = parse_config([*argv, *flags.split()])
-            ring, sync, seconds = estimate(other, P, s_per_byte, ulysses=name == 'Ulysses')
-            print(f'{name:<24}{ring / 1e6:>12,.1f}{sync / 1e6:>12,.1f}{ring * s_per_byte:>12,.2f}'
-                  f'{sync * s_per_byte:>12,.2f}{n_tokens / seconds:>14,.0f}')
+        for name, (fwd, bwd, sync, attention, rest) in costs.items():
+            # A layer's exchange can hide under its attention alone, of which two sevenths are
+            # forward (4 of 14 T^2 H hd), and under all but one shard of that: the last to arrive,
+            # or the first to have a gradient. Ulysses' attention waits. The sync hides under
+            # nothing.
+            after = 1 if name == 'Ulysses' else 1 / P
+            seconds = rest + sync * s + sum(
+                max(attention * share, n_bytes * s + attention * share * after)
+                for n_bytes, share in ((fwd, 2 / 7), (bwd, 5 / 7)))
+            print(f'{name:<24}{(fwd + bwd) / 1e6:>12,.1f}{sync / 1e6:>12,.1f}'
+                  f'{(fwd + bwd) * s:>12,.2f}{sync * s:>12,.2f}{n_tokens / seconds:>14,.0f}')
 
 
 # -----------------------------------------------------------------------------
@@ -422,7 +424,7 @@ class World:
         self.master, self.cp = self.rank == 0, c.rehearse or c.cp or self.world_size
         check(self.world_size % self.cp == 0, f'world size ({self.world_size}) must be a multiple '
               f'of cp ({self.cp})', 'cp', 'nproc_per_node')
-        zigzag(c.n_chunks, self.cp, 0)  # complains of n_chunks
+        check_chunks(c.n_chunks, self.cp)
         self.dp, self.dp_rank = self.world_size // self.cp, self.rank // self.cp
         check(n % self.dp == 0, f'gradient_accumulation_steps ({n}) must be a multiple of dp, '
               f'world size / cp ({self.dp})', 'gradient_accumulation_steps', 'cp')
@@ -649,7 +651,7 @@ class Log:
         """Say what happened since the last line, and -> it. before: the meter before the step."""
         world, ring, meter = self.world, self.world.ring, self.world.ring.meter
         total = torch.tensor([sum(self.losses), len(self.losses)], dtype=torch.float64)
-        total, n = ring.all_reduce(total.to(world.device), 'the average of losses').tolist()
+        total, n = ring.reduce_over_world(total.to(world.device), 'the average of losses').tolist()
         loss = total / n if n else math.nan  # the mean, as one batch's jumps
         iter_num, seconds, meter_then = self.last
         dt = (at.seconds - seconds) / (at.iter_num - iter_num)
@@ -728,27 +730,14 @@ def sends_at(it, c):
     return 'full' if c.unplug_at and it >= c.unplug_at else 'codec'
 
 
-@torch.no_grad()
-def start_codecs(c, model, batches, world, iter_num):
-    """The end of the warm start: codecs begin in principal directions, see --warm_basis."""
-    model.set_send(c.warm_send)  # of the keys and values of such a model
-    inputs = [None]  # the weights
-    if c.warm_basis == 'activations':
-        inputs = (batches.training(iter_num, micro)[0] for micro in range(world.n_micro))
-    with world.autocast:
-        moments = [model.moments(x) for x in inputs]
-    moments = [sum(of_a_layer) for of_a_layer in zip(*moments)]
-    average(moments, world.ring)
-    model.start_codecs(moments)
-    world.broadcast([p for block in model.started for p in block.attn.codec.parameters()],
-                    'the first codecs')
-
-
 def change_send(c, model, batches, world, iter_num):
     """Bring the model to what it sends from now on -> a function (idx, targets) -> loss."""
     before, now = model.sends, sends_at(iter_num, c)
     if before != 'codec' and now == 'codec' and model.started:
-        start_codecs(c, model, batches, world, iter_num)
+        with world.autocast:
+            model.start_codecs([batches.training(iter_num, k)[0] for k in range(world.n_micro)])
+        world.broadcast([p for block in model.started for p in block.attn.codec.parameters()],
+                        'the first codecs')
     model.set_send(now)
     sends = c.send if now == 'codec' else now
     text = 'the codec starts' if iter_num == c.warm_start else 'the codec goes on'
@@ -768,14 +757,14 @@ def validate(c, model, batches, world, it):
     """
     ring, config = world.ring, model.config
     sums = torch.zeros(3, c.n_chunks, dtype=torch.float64, device=world.device)
-    mine = zigzag(c.n_chunks, world.cp, ring.rank)
+    mine = positions(c.n_chunks, world.cp)[ring.rank]
     for x, y in world.bar(batches.validation(), total=math.ceil(c.eval_iters / world.dp),
                           desc='validation', delay=3):
         with world.autocast:
             losses, right = model.evaluate(x, y)  # (B, T / cp)
         each = torch.stack((losses.double(), ring.shard(y, config.chunk_size) != -1, right))
         sums[:, mine] += each.unflatten(2, (len(mine), -1)).sum(dim=(1, 3))
-    total, n, n_right = ring.all_reduce(sums, 'validation').sum(dim=1).tolist()
+    total, n, n_right = ring.reduce_over_world(sums, 'validation').sum(dim=1).tolist()
     text = f'val loss {total / n:.4f}'
     if c.data == 'needle':
         text += f', {n_right / n:.1%} right answers (chance: {1 / N_VALUES:.1%})'
