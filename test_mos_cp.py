@@ -4,6 +4,7 @@ every parallel path must equal it on every rank. Checks that need several proces
 spawn for each world size (gloo, CPU); `pytest -k "every_rank and 2-"` selects those of two.
 """
 import copy
+import errno
 import functools
 import io
 import itertools
@@ -21,6 +22,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -899,29 +901,27 @@ def test_readers(tmp_path):
         load(pattern, plain, 600)
 
 
-@pytest.mark.parametrize('most', (80, 4096))
-def test_more_files_than_descriptors(tmp_path, most):
-    code = (f'import resource as r, train; r.setrlimit(r.RLIMIT_NOFILE, (80, {most}))\n'
-            f'train.main(["--data={tmp_path}/*.txt", "--out_dir={tmp_path}", "--max_iters=0"])')
-    for i in range(100):
-        (tmp_path / f'{i}.txt').write_text(1000 * 'text ')
-    done = subprocess.run([sys.executable, '-OO', '-c', code], capture_output=True, text=True)
-    assert 'in 100 file(s)' in done.stdout or most == 80 and 'raise ulimit -n' in done.stderr, done
+def test_more_files_than_descriptors(tmp_path):
+    (tmp_path / 'a').write_text('text')
+    too_many = OSError(errno.EMFILE, 'Too many open files')
+    with patch.object(np, 'memmap', side_effect=too_many), pytest.raises(
+            SystemExit, match='Too many open files.: raise ulimit -n, or change --data'):
+        train.main([f'--data={tmp_path}/*', f'--out_dir={tmp_path}'])
 
 
 @pytest.mark.parametrize('argv, message', (
     ('--blok_size=8', 'unknown argument --blok_size; the nearest flag is --block_size'),
-    ('config/x.py', r'unknown argument config/x.py: flags only, --key=value'),
+    ('--lr=1', 'unknown argument --lr; --help lists'), ('--resume', 'argument --resume; --help'),
+    ('config/x.py', r'unknown argument config/x.py; --help lists all, as --key=value'),
     ('--block_size=1000', r'block_size \(1000\) must be a multiple of n_chunks \(16\): change '
      '--block_size or --n_chunks'),
     ('--n_embd=100 --n_head=3', r'n_embd \(100\) must be a multiple of 2 \* n_head \(6\)'),
     ('--n_head=4 --n_kv_head=3', r'n_head \(4\) must be a multiple of n_kv_head \(3\)'),
     ('--latent_dim=0', r'latent_dim \(0\) must be at least 1'), ('--beta2=1', r'beta2 \(1.0\)'),
-    ('--n_kv_head=1 --latent_dim=65', r'1 and 64 numbers'),
-    ('--topk=2', r'topk \(2.0\) must be at most 1'), ('--theta_max=inf', r'max \(inf\) must be'),
-    ('--latent_dim=129', r'\(129\) must leave each subspace between 1 and 128 numbers, and one'),
-    ('--subspace_of=apart --latent_dim_k=36',
-     r'dim \(36\) must .* between 1 and 128 .* one has 0'),
+    ('--n_kv_head=1 --latent_dim=65', r'must be at most 64'),
+    ('--latent_dim=129', r'latent_dim \(129\) must be at most 128'), ('--topk=1', 'argument --to'),
+    ('--method=paper --latent_dim=1', r'latent_dim \(1\) must leave keys and values'),
+    ('--plan --dtype=float64', r'dtype \(float64\) must be bfloat16 or float32 with --plan'),
     ('--compress_last=False --n_layer=1', 'leaves nothing to compress when n_layer is 1'),
     ('--block_size=eight', "--block_size: invalid int value: 'eight'"),
     ('--send=some', "--send: invalid choice: 'some'"), ('--batch_size=0', r'batch_size \(0\)'),
@@ -948,21 +948,30 @@ def test_bad_flags_are_refused(argv, message, tmp_path, monkeypatch):
     assert not (tmp_path / 'ckpt.pt').exists()
 
 
+def test_a_field_without_a_comment_is_a_flag(monkeypatch):
+    @dataclass
+    class Mine(train.RunConfig):
+        dropout: float = 0.1
+        why: bool = False
+    monkeypatch.setattr(train, 'RunConfig', Mine)
+    assert train.parse_flags(['--dropout', '0.2', '--why']) == dict(dropout=0.2, why=True)
+
+
 def test_flags():
     def parse(argv):
         return train.parse_config(argv.split())[0]
     c = parse('--preset=800m --method paper --block_size 4096 --compile')
     assert (c.n_embd, c.block_size, c.compile) == (2048, 4096, True)
     assert train.METHODS['paper'].items() <= vars(c).items()
-    assert train.model_config(c).subspaces == [(2048, 41), (2048, 102)]  # 2 % and 5 %
+    assert train.model_config(c).paper_dims == (41, 102)  # 2 % and 5 % of 2048
     for argv, latent_dim, wire_dtype in (
-            ('', 36, 'int4'), ('--preset=124m', 128, 'int4'), ('--send=topk', 36, 'compute'),
+            ('', 36, 'int4'), ('--preset=124m', 128, 'int4'), ('--send=paper', 36, 'compute'),
             ('--method=paper', 9, 'compute'), ('--method=paper --latent_dim=5', 5, 'compute'),
             ('--send=full', 36, 'compute'), ('--send=full --wire_dtype=int8', 36, 'int8')):
         config = train.model_config(parse(argv))
         assert (config.latent_dim, config.wire_dtype) == (latent_dim, wire_dtype), argv
     for send in mos_cp.CHOICES['send']:  # one command line can be swept over what is sent
-        parse(f'--send={send} --latent_dim=5 --topk=0.2 --exact_local=False --wire_dtype=int8')
+        parse(f'--send={send} --latent_dim=5 --exact_local=False --wire_dtype=int8')
     c = parse('--learning_rate=1 --min_lr=0.1 --warmup_iters=10 --max_iters=110')
     rates = [train.learning_rate(it, c) for it in (0, 9, 10, 60, 110, 500)]
     assert rates == pytest.approx([1 / 11, 10 / 11, 1, 0.55, 0.1, 0.1])
@@ -997,13 +1006,13 @@ def test_plan(capsys):
     table = capsys.readouterr().out
     assert 'at 1000 Mbit/s' not in table and max(map(len, table.splitlines())) <= 100
     rows = dict(re.split('  +', line, maxsplit=1) for line in table.splitlines() if '   ' in line)
-    n, bases = 128_000, 2 * 64 * 6  # tokens an iteration; numbers in the bases
-    full = 2 * 2 * 32 * 2 * 3 / 4  # a token: K and V, 2 layers
-    n_plain = GPT(GPTConfig(**sizes)).get_num_params() - bases
+    n, full = 128_000, 2 * 2 * 32 * 2 * 3 / 4  # tokens an iteration; bytes of one: K, V, 2 layers
+    n_ours, n_plain = (GPT(GPTConfig(**sizes, send=send)).get_num_params()
+                       for send in ('mixture', 'full'))
     for name, fwd, bwd, n_params in (
             ('--send=full', full, 2 * full, n_plain),
             ('Ulysses', 2 * full / 4, 2 * full / 4, n_plain),
-            ('this configuration', 2 * (3 + 2) * 3 / 4, 2 * 6 * 2 * 3 / 4, n_plain + bases)):
+            ('this configuration', 2 * (3 + 2) * 3 / 4, 2 * 6 * 2 * 3 / 4, n_ours)):
         sync = (n_params + 256 * 32) * 4 * 2 * 0.75 / 10
         fwd_s, bwd_s, sync_s = (x * 8 / 300e6 for x in (n * fwd, n * bwd, sync))
         a, rest = (x * n / 4 / 6e8 for x in (6 * 2 * 32 * 128, 6 * n_params))  # seconds
@@ -1105,7 +1114,7 @@ def test_log_and_falling_loss(reference_run):
     records, by_chunk = read_log(folder), result['records'][-1]['val_loss_by_chunk']
     assert records == result['records'] and [r['iter'] for r in records] == list(range(13))
     config = read_log(folder, configs=True)[0]['config']
-    assert config['latent_dim'] == 6 and len(config) > 60
+    assert config['latent_dim'] == 6 and config.keys() == train.DEFAULTS.keys()
     assert [r['iter'] for r in records if 'val_loss' in r] == [0, 6, 12]
     ways = {f'{way}_{phase}' for way in ('sent', 'received') for phase in ('fwd', 'bwd', 'sync')}
     assert set(records[1]) == ways | {'iter', 'loss', 'lr', 'grad_norm', 'tokens', 'seconds',
@@ -1115,12 +1124,28 @@ def test_log_and_falling_loss(reference_run):
     assert len(by_chunk) == 8 and np.mean(by_chunk) == pytest.approx(records[-1]['val_loss'])
 
 
+def test_seed_and_bar(tmp_path, monkeypatch, capfd):
+    """Weights are the seed's. A terminal has a bar of tokens; elsewhere there are lines alone."""
+    a, b, other = (small_run(tmp_path, f'--seed={seed}', '--max_iters=0')['model'].wte.weight
+                   for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, other)
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, 'stderr', terminal)
+    small_run(tmp_path, '--eval_iters=500', '--max_iters=5')
+    bar, lines = terminal.getvalue(), capfd.readouterr().out
+    assert re.search(r'\r.*2.56k/2.56k \[.*tok/s, loss [0-9.]+\]', bar), bar
+    assert re.search(r'iter 4: loss .* tok/s\niter 5: val loss .*\niter 5: saved .*ckpt.pt', lines)
+    assert not re.search(r'[\r\x1b]', lines)
+
+
 def test_needle_is_found_through_the_compressor_alone(tmp_path, capfd):
     argv = '--preset=needle', '--device=cpu', '--recompute', f'--out_dir={tmp_path}'
     blind = train.main([*argv, '--send=local', '--max_iters=100'])['val_loss']
     assert abs(blind - np.log(train.N_VALUES)) < 0.05
     found = train.main(argv)
-    assert not any('W_e' in name for name in found['model'].state_dict())  # no rank looks it up
+    looked_up = [p for name, p in found['model'].named_parameters() if 'W_e' in name]
+    assert not any(p.numel() for p in looked_up)  # no rank finds the answer there
     ours = found['records'][-1]['val_loss_by_chunk']
     assert ours[:2] == [None] * 2 and max(ours[2:]) < 0.3
     said = re.findall(r'([0-9.]+)% right answers \(chance: 12.5%\)', capfd.readouterr().out)
@@ -1148,13 +1173,20 @@ def test_paths_and_only_the_best_checkpoint(tmp_path, monkeypatch):
 def test_life_of_the_codec(tmp_path, monkeypatch, capfd):
     """Nothing is sent, codecs start, are sent, all is sent; each is said. A checkpoint knows."""
     life, forward, start = [], GPT.forward, GPT.start_codecs
-    monkeypatch.setattr(GPT, 'forward', lambda self, *args: (
-        life.append(self.sends), forward(self, *args))[1])
-    monkeypatch.setattr(GPT, 'start_codecs', lambda self, moments: (
-        life.append(f'start of {len(moments)} while {self.sends}'), start(self, moments)))
-    argv = '--gradient_accumulation_steps=1', '--unplug_at=7', '--warm_basis=weights'
+
+    def noting(self, *args):
+        life.append(self.sends)
+        return forward(self, *args)
+
+    def starting(self, batches):
+        life.append(f'start from {[list(idx.shape) for idx in batches]} while {self.sends}')
+        start(self, batches)
+    monkeypatch.setattr(GPT, 'forward', noting)
+    monkeypatch.setattr(GPT, 'start_codecs', starting)
+    argv = '--gradient_accumulation_steps=1', '--unplug_at=7'
     run = small_run(tmp_path, *argv)
-    assert life == ['local'] * 3 + ['start of 1 while local'] + ['codec'] * 4 + ['full'] * 5
+    assert life == (['local'] * 3 + ['start from [[1, 128]] while local'] + ['codec'] * 4
+                    + ['full'] * 5)
     said = re.findall(r'^iter +(\d+): (.*s sent|.*starts)', capfd.readouterr().out, re.MULTILINE)
     assert said == [('0', 'nothing is sent'), ('3', 'the codec starts'), ('7', 'all is sent')]
     checkpoint = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
@@ -1164,23 +1196,24 @@ def test_life_of_the_codec(tmp_path, monkeypatch, capfd):
     assert model.sends == 'full'
     assert_close(model(x, x)[1], run['model'](x, x)[1], 'loss')
     life.clear()
-    small_run(tmp_path, *argv, '--send=topk', '--warm_send=full')
+    small_run(tmp_path, *argv, '--send=full', '--warm_send=full')  # nothing to start
     assert life == ['full'] * 3 + ['codec'] * 4 + ['full'] * 5
 
 
 def test_dtype_and_optimizer_options(tmp_path, reference_run):
-    """bf16 trains. Clipped far below AdamW's epsilon nothing moves. Codecs learn at their rate."""
+    """bf16 trains. Clipped far below AdamW's epsilon nothing moves; 0: not clipped. --codec_lr."""
     try:
         found, expected = small_run(tmp_path, '--dtype=bfloat16'), reference_run[1]
         assert found['val_loss'] == pytest.approx(expected['val_loss'], rel=0.02)
         assert abs(found['loss'] / expected['loss'] - 1) > 1e-6  # and it is bf16
     except RuntimeError as e:  # PyTorch's kernel, where AVX-512 is there and may not be used
         assert 'pack_vnni2' in str(e)
-    records = small_run(tmp_path, '--grad_clip=1e-12')['records']
-    assert records[11]['loss'] > records[0]['loss'] - 0.1
+    for clip, learns in (('1e-12', False), ('0', True)):
+        records = small_run(tmp_path, f'--grad_clip={clip}')['records']
+        assert (records[11]['loss'] < records[0]['loss'] - 0.2) == learns, clip
     argv = '--warm_start=0', '--max_iters=1', '--weight_decay=0'
     runs = [small_run(tmp_path, *argv, f'--codec_lr={x}') for x in (0, 0.5)]
-    still, moved = (run['model'].started[0].attn.codec.E[0] for run in runs)
+    still, moved = (run['model'].started[0].attn.codec.E for run in runs)
     step = (moved - still).abs().max().item() / runs[0]['records'][0]['lr']
     assert abs(step - 0.5) < 1e-3  # AdamW's first is the learning rate
 
@@ -1202,9 +1235,9 @@ def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
 
 def report_meter(rank):
     """Says what was sent, and leaves out checkpoints, for which AdamW's moments are averaged."""
-    train.save, run = lambda *args: None, train.train
-    train.train = lambda *args: (
-        run(*args), print('meter', sorted(args[4].ring.meter.items()), flush=True))[0]
+    def report(log, at):
+        print('meter', sorted(log.world.ring.meter.items()), flush=True)
+    train.save, train.Log.say_summary = lambda *args: None, report
 
 
 def test_weights_averaged_every_few_steps(reference_run, tmp_path):
@@ -1223,9 +1256,9 @@ def test_weights_averaged_every_few_steps(reference_run, tmp_path):
     model, expected = reference_run[1]['model'], reference_run[1]['records']
     # with each average of weights goes a number, whether to stop
     weights = 8 * (1 + sum(p.numel() for p in model.parameters() if p.requires_grad))
-    moments = 8 * sum(m.numel() for m in model.moments())  # for the codecs' start
-    assert [r['received_sync'] for r in records[:-1]] == [
-        0, 0, 0, moments + weights, 0, 0, 0, weights, 0, 0, 0, weights]
+    received = [r['received_sync'] for r in records[:-1]]
+    assert received.pop(3) > weights  # and moments, for the codecs' start
+    assert received == [0, 0, 0, 0, 0, 0, weights, 0, 0, 0, weights]
     assert records[2]['loss'] != pytest.approx(expected[2]['loss'], rel=1e-9)
     assert records[-1]['val_loss'] == pytest.approx(expected[-1]['val_loss'], rel=0.05)
 
@@ -1255,7 +1288,7 @@ def test_resume_is_bit_equal(reference_run, tmp_path, capfd, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
-def test_resume_with_other_options(reference_run, tmp_path):
+def test_resume_with_other_options(reference_run, tmp_path, capfd):
     """The optimizer's options are the command line's; --recompute changes no number."""
     small_run(tmp_path, '--max_iters=6')
     path, expected = tmp_path / 'ckpt.pt', reference_run[1]['val_loss']
@@ -1270,9 +1303,13 @@ def test_resume_with_other_options(reference_run, tmp_path):
         assert (found != pytest.approx(expected, rel=1e-6)) == changes, (flag, found, expected)
     checkpoint = torch.load(path, weights_only=True)
     checkpoint['model']['_extra_state'] = 'local'  # as if the warm start were over only now
-    torch.save(checkpoint, path)
+    del checkpoint['config']['prompt']  # as if this flag were newer
+    torch.save(dict(checkpoint, best_val_loss=0.0), path)
     evaluated = resumed('--eval_only')['val_loss']
-    assert evaluated == resumed('--max_iters=14')['records'][0]['val_loss'] != found
+    assert "no --prompt, which is newer: it is 'def '" in capfd.readouterr().out
+    best = resumed('--max_iters=14', '--always_save_checkpoint=False')
+    assert evaluated == best['records'][0]['val_loss'] != found
+    assert train.load_checkpoint(path)['iter_num'] == 12  # none is better than 0
 
 
 def end_at(rank, victim, function, mark, call, how):
@@ -1327,7 +1364,7 @@ def test_resume_after_a_kill_is_bit_equal(tmp_path, how, argv):
     argv = [*SMALL, '--timeout_s=5', '--wire_dtype=int8', '--init_from=auto', *argv.split()]
     whole, killed, dies = tmp_path / 'whole', tmp_path / 'killed', how == signal.SIGKILL
     assert run_ranks(2, whole, *argv, sabotage=(slow_disk,))[0] == [0, 0]
-    kill = end_at, 1, 'exchange', 'bwd', 44 if dies else 20, how
+    kill = end_at, 1, 'exchange', 'bwd', 22 if dies else 10, how
     codes, said = run_ranks(2, killed, *argv, sabotage=kill)
     assert codes == ([1, -how] if dies else [128 + how] * 2), said
     last, n = max(losses(killed)), train.load_checkpoint(killed / 'ckpt.pt')['iter_num']
@@ -1353,13 +1390,18 @@ def join_without_old_keys(self, *args, join=train.World.join):
 
 def lose_losses(rank, iterations):
     """Rank 1's loss is not finite in some iterations."""
-    step = train.take_step
+    change_send = train.change_send
 
-    def spoiled(c, optimizer, params, loss_of, batches, world, iter_num):
-        factor = math.nan if rank == 1 and iter_num in iterations else 1
-        return step(c, optimizer, params, lambda *batch: factor * loss_of(*batch), batches, world,
-                    iter_num)
-    train.take_step = spoiled
+    def changing(c, model, batches, world, it):
+        loss_of, batch = change_send(c, model, batches, world, it), batches.training
+
+        def spoiled(x, y):
+            lost = any(torch.equal(x, batch(i, micro)[0])
+                       for i in iterations for micro in range(world.n_micro))
+            return math.nan * loss_of(x, y) if lost else loss_of(x, y)
+        return spoiled
+    if rank == 1:
+        train.change_send = changing
 
 
 def test_steps_that_are_not_finite_are_skipped(tmp_path):
@@ -1400,7 +1442,7 @@ def differ(rank, what):
 
 @pytest.mark.parametrize('what, message', (
     ('torch', r'torch 0\.0, and rank 0 has'),
-    ('--data=needle', 'training data with checksum 0, and rank 0 has'),
+    ('--data=needle', r'training data with checksum \d+, and rank 0 has'),
     ('checkpoint', "checkpoint {'iter_num': 20, .*, and rank 0 has None"),
     ('--seed=2', '--seed 2, and rank 0 has 1337: they must be the same')))
 def test_ranks_that_disagree_are_named(tmp_path, what, message):
@@ -1435,7 +1477,7 @@ def full_disk(size):
 
 
 def test_there_is_always_a_whole_checkpoint(tmp_path, capfd, monkeypatch):
-    """The old one until the new one takes its place; on a full disk, and of the log whole lines."""
+    """The old one until the new one takes its place. A full disk is said, and the run goes on."""
     small_run(tmp_path, '--max_iters=6')
     path, log, whole = tmp_path / 'ckpt.pt', tmp_path / 'log.jsonl', []
     before, replace, write = (path.read_bytes(), log.read_bytes()), os.replace, train.Log.write
@@ -1456,7 +1498,7 @@ def test_there_is_always_a_whole_checkpoint(tmp_path, capfd, monkeypatch):
         replace(source, target)
 
     def sometimes_full(self, record):  # during iteration 8
-        with full_disk(log.stat().st_size + 5) if record['iter'] == 8 else nullcontext():
+        with full_disk(log.stat().st_size) if record['iter'] == 8 else nullcontext():
             write(self, record)
     monkeypatch.setattr(os, 'replace', replacing)
     monkeypatch.setattr(train.Log, 'write', sometimes_full)
@@ -1470,14 +1512,14 @@ def test_bad_checkpoints_are_refused(reference_run, tmp_path):
     whole, path = (reference_run[0] / 'ckpt.pt').read_bytes(), tmp_path / 'ckpt.pt'
     checkpoint = torch.load(reference_run[0] / 'ckpt.pt', weights_only=True)
     wrong = dict(checkpoint['model'], **{'wte.weight': torch.ones(256, 16)})
-    other = {k: v for k, v in checkpoint['config'].items() if k != 'cp'}
     changes = ({'model': wrong}, {'model': {}}, {'optimizer': {}},
                {'optimizer': {'state': {}, 'param_groups': []}})
     for message, contents in (
             ('is missing, damaged, or no checkpoint', (
                 whole[:len(whole) // 2], b'', b'something else', Path('code that must not run'),
                 torch.ones(3), {'model': {}})),
-            ('is .*no checkpoint of this version .*--cp', [{**checkpoint, 'config': other}]),
+            ('was saved with --a, --b, which this version .*does not have', [
+                {**checkpoint, 'config': {**checkpoint['config'], 'b': 1, 'a': 2}}]),
             ('does not fit the model', [{**checkpoint, **change} for change in changes])):
         for content in contents:
             torch.save(content, path)
@@ -1493,12 +1535,8 @@ def test_bad_checkpoints_are_refused(reference_run, tmp_path):
 SOMETIMES = {
     'n_kv_head': (1, 2), 'wire_dtype': ('compute', 'bf16', 'int8', 'int4'),
     'grad_wire_dtype': ('compute', 'compute', 'int8', 'int4'), 'exact_local': (True, False),
-    'subspace_of': ('input', 'kv', 'apart'), 'subspace': ('frozen', 'learned'),
-    'latent_dim_k': (1, 2, 30),
-    'theta': ('words', 'token', 'chunk'), 'guess_dim': (0, 3, 256), 'n_generators': (0, 1, 2),
-    'generator_norm': ('frobenius', 'spectral'), 'theta_max': (0.2, 0.5),
-    'topk': (0.05, 0.5, 1.0), 'compress_last': (True, False), 'unplug_at': (0, 1),
-    'warm_basis': ('activations', 'weights'), 'codec_lr': (0.1, 1.0),
+    'guess_dim': (0, 3, 256), 'guess_below': (True, False), 'n_generators': (0, 1, 2),
+    'compress_last': (True, False), 'unplug_at': (0, 1), 'codec_lr': (0.1, 1.0),
     'warm_send': ('local', 'full')}
 
 
@@ -1512,7 +1550,7 @@ def random_configuration(rng):
     flags = dict(
         n_layer=one(1, 2, 3), n_head=one(1, 2, 4), n_embd=one(16, 32),
         n_chunks=one(one(2, 4, 6, 8), *3 * [2 * world_size // dp * one(1, 2, 3)]),
-        send=one('full', 'local', 'topk', *4 * ['mixture']), cp=cp, warm_start=one(0, 0, 1),
+        send=one('full', 'local', 'paper', *4 * ['mixture']), cp=cp, warm_start=one(0, 0, 1),
         batch_size=one(1, 2), gradient_accumulation_steps=one(1, dp, 2 * dp),
         sync_every=one(1, 1, 1, 2), recompute=one(True, False), data=one('stdlib', 'needle'),
         grad_clip=one(0.0, 1.0), link_mbps=one(0.0, 0.0, 1000.0), latency_ms=one(0.0, 0.0, 1.0),
@@ -1557,6 +1595,6 @@ def test_fuzz(seed, tmp_path):
 
 if __name__ == '__main__':  # one rank of a run that torchrun starts twice
     if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
-        end_at(int(os.environ['RANK']), 1, 'exchange', 'bwd', 44, signal.SIGKILL)
+        end_at(int(os.environ['RANK']), 1, 'exchange', 'bwd', 22, signal.SIGKILL)
     train.World.join = join_without_old_keys
     train.main(sys.argv[1:])

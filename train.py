@@ -9,6 +9,7 @@ Train a GPT on long sequences split over several workers, with compressed ring a
 sent, ring.py the wire.
 """
 import argparse
+import dataclasses
 import difflib
 import errno
 import glob
@@ -17,7 +18,6 @@ import json
 import math
 import os
 import re
-import resource
 import signal
 import sys
 import sysconfig
@@ -31,6 +31,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
 
 import kernels
 from mos_cp import CHOICES, GPT, GPTConfig, check, graphed
@@ -107,14 +109,13 @@ METHODS = {
 
 CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS),
            'init_from': ('scratch', 'resume', 'auto'), 'warm_send': ('local', 'full'),
-           'device': ('auto', 'cpu', 'cuda'),
-           'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
+           'device': ('auto', 'cpu', 'cuda'), 'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 AT_LEAST_1 = ('log_interval', 'eval_interval', 'eval_iters', 'batch_size',
               'gradient_accumulation_steps', 'sync_every', 'timeout_s')  # others: at least 0
 DEFAULTS = {f.name: f.default for config in (RunConfig, GPTConfig) for f in fields(config)}
 MODEL_FLAGS = [f.name for f in fields(GPTConfig)]
-# never taken from the checkpoint: given or default, they are this run's own
+# never taken from the checkpoint: they are this run's own
 HERE_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'recompute',
               'timeout_s', 'link_mbps', 'latency_ms')
 
@@ -124,51 +125,47 @@ MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run 
 
 
 def fail(message):
-    """
-    End the run with one sentence. Most faults are found by all ranks, and torchrun stops them when
-    one exits: a machine's first speaks first, and who is then alive has a fault of its own.
-    """
-    if (local_rank := int(os.environ.get('LOCAL_RANK', 0))) > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(2)
-    sys.exit('train.py: ' + f'rank {os.environ.get("RANK")}: ' * (local_rank > 0) + str(message))
+    """End the run with one sentence, of one rank if all find the same fault."""
+    if int(os.environ.get('LOCAL_RANK', 0)) > 0:
+        time.sleep(2)  # torchrun ends us with the first; if it does not, this fault is ours alone
+        message = f'rank {os.environ["RANK"]}: {message}'
+    sys.exit(f'train.py: {message}')
 
 
 def parse_flags(argv):
-    """--key=value or --key value -> what was given, a dict. Exits if that is no flag."""
+    """--key=value or --key value -> {key: value} of the flags on the command line, or exits."""
     parser = argparse.ArgumentParser(prog='train.py', usage='train.py [--flag=value ...]',
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = fail
-    yes_no = {'true': True, '1': True, 'false': False, '0': False}
+    parser.error, booleans = fail, {'true': True, '1': True, 'false': False, '0': False}
     for config in (RunConfig, GPTConfig):
-        group, source = parser.add_argument_group(config.__name__), inspect.getsource(config)
-        for name, meaning in re.findall(r'^    (\w+): .*?  # (.*)$', source, re.MULTILINE):
-            kind, how = config.__annotations__[name], dict(choices=CHOICES.get(name))
-            if kind is bool:  # --flag alone is true
-                how = dict(choices=(True, False), nargs='?', const=True)
-            group.add_argument(
-                f'--{name}', **how, metavar=kind.__name__.upper(),
-                type=kind if kind is not bool else lambda text: yes_no.get(text.lower(), text),
-                help=f'{meaning} [{DEFAULTS[name]}]'.replace('%', '%%'))
-    given, unknown = parser.parse_known_args(argv)
+        group = parser.add_argument_group(config.__name__)
+        comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(config), re.M))
+        for f in fields(config):
+            how = dict(type=f.type, choices=CHOICES.get(f.name))
+            if f.type is bool:  # --flag alone is true
+                how = dict(type=lambda text: booleans.get(text.lower(), text), nargs='?',
+                           const=True, choices=(True, False))
+            text = f'{comments.get(f.name, "")} [{f.default}]'.replace('%', '%%')
+            group.add_argument(f'--{f.name}', metavar=f.type.__name__.upper(), help=text, **how)
+    flags, unknown = parser.parse_known_args(argv)
     if unknown:
         key = unknown[0].split('=')[0]
-        near = difflib.get_close_matches(key.lstrip('-'), DEFAULTS, n=1, cutoff=0)[0]
-        fail(f'unknown argument {key}' + (f'; the nearest flag is --{near}' if key.startswith('-')
-                                          else ': flags only, --key=value'))
-    return vars(given)
+        near = difflib.get_close_matches(key.lstrip('-'), DEFAULTS, n=1, cutoff=0.8)
+        advice = f'the nearest flag is --{near[0]}' if near else '--help lists all, as --key=value'
+        fail(f'unknown argument {key}; {advice}')
+    return vars(flags)
 
 
 def parse_config(argv):
     """
-    -> (the configuration, a Namespace; the checkpoint to resume from, or None). Flags given win
-    over --method, that over --preset. Of a resumed run all is the checkpoint's, but what is given
-    and HERE_FLAGS. Raises ValueError.
+    -> (the configuration, a Namespace; the checkpoint to resume from, or None). Flags of the
+    command line win over --method, that over --preset. Of a resumed run all is the checkpoint's,
+    but these flags and HERE_FLAGS. Raises ValueError.
     """
-    given, checkpoint = parse_flags(argv), None
-    config = {**DEFAULTS, **PRESETS[given.get('preset', 'tiny')],
-              **METHODS[given.get('method', 'ours')], **given}
-    if config['method'] == 'paper' and 'latent_dim' not in given:
+    flags, checkpoint = parse_flags(argv), None
+    preset, method = flags.get('preset', 'tiny'), flags.get('method', 'ours')
+    config = {**DEFAULTS, **PRESETS[preset], **METHODS[method], **flags}
+    if method == 'paper' and 'latent_dim' not in flags:
         # 2 % of the keys' width and 5 % of the values'; 143 at width 2048
         share = (config['n_kv_head'] or config['n_head']) / config['n_head']
         config['latent_dim'] = max(2, round(0.07 * config['n_embd'] * share))
@@ -177,11 +174,12 @@ def parse_config(argv):
     path = Path(config['out_dir'], 'ckpt.pt')
     if config['init_from'] == 'resume' or config['init_from'] == 'auto' and path.exists():
         checkpoint = load_checkpoint(path)
-        saved = checkpoint['config']
-        for name in given.keys() & ({*MODEL_FLAGS, 'preset', 'method'} - set(HERE_FLAGS)):
-            check(given[name] == saved[name], f'--{name}={given[name]} differs from the '
+        saved = {**DEFAULTS, **checkpoint['config']}  # it may lack a flag added since
+        fixed = {*MODEL_FLAGS, 'preset', 'method'} - {*HERE_FLAGS}
+        for name in flags.keys() & fixed:
+            check(flags[name] == saved[name], f'--{name}={flags[name]} differs from the '
                   f'checkpoint, which has {saved[name]}', name, 'out_dir')
-        config = {**saved, **{name: config[name] for name in (*given, *HERE_FLAGS)}}
+        config = {**saved, **{name: config[name] for name in (*flags, *HERE_FLAGS)}}
     c = argparse.Namespace(**config)
     check_values(c)
     return c, checkpoint
@@ -203,9 +201,10 @@ def check_values(c):
         check(f.type is str or lowest <= value < 2**63,
               f'{f.name} ({value}) must be at least {lowest} and below 2^63', f.name)
     model_config(c)
-    for name, holds, what in (
+    for name, holds, must_be in (
             ('beta1', c.beta1 < 1, 'below 1'), ('beta2', c.beta2 < 1, 'below 1'),
             ('n_chunks', c.data != 'needle' or c.n_chunks % 2 == 0, 'even with --data=needle'),
+            ('dtype', not c.plan or c.dtype != 'float64', 'bfloat16 or float32 with --plan'),
             ('tflops', c.tflops > 0, 'above 0'), ('rehearse', c.rehearse != 1, '0 or at least 2'),
             ('rehearse', not c.rehearse or c.n_chunks % (2 * c.rehearse) == 0,
              f'a divisor of n_chunks / 2 ({c.n_chunks / 2:g})'),
@@ -214,7 +213,7 @@ def check_values(c):
              f'below max_iters ({c.max_iters}), or it never ends'),
             ('unplug_at', not c.unplug_at or c.warm_start < c.unplug_at < c.max_iters,
              f'between warm_start ({c.warm_start}) and max_iters ({c.max_iters})')):
-        check(holds, f'{name} ({getattr(c, name)}) must be {what}', name)
+        check(holds, f'{name} ({getattr(c, name)}) must be {must_be}', name)
 
 
 # -----------------------------------------------------------------------------
@@ -227,8 +226,8 @@ def stdlib_source():
         subfolders[:] = set(subfolders) - skip
         paths += [Path(folder, name) for name in names if name.endswith('.py')]
     texts = [path.read_bytes() for path in sorted(paths)]
-    parts = [t for i, t in enumerate(texts) if i % 10 != 9], texts[9::10]
-    return [[np.frombuffer(b'\n'.join(part), np.uint8)] for part in parts]
+    train = [text for i, text in enumerate(texts) if i % 10 != 9]
+    return [[np.frombuffer(b'\n'.join(part), np.uint8)] for part in (train, texts[9::10])]
 
 
 # a header of 256 int32 begins with one of these, a version and the number of tokens: shards of
@@ -255,13 +254,12 @@ def read_tokens(path):
 
 def read_all(pattern):
     """A file, or all files that match a glob (** is any depth), but empty ones."""
-    found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    paths = [p for p in found if os.path.getsize(p) and (os.path.isfile(p) or p == pattern)]
+    paths = [pattern]
+    if not os.path.exists(pattern):
+        paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    paths = [path for path in paths if os.path.getsize(path)]
     check(paths, f'no file matches {pattern!r}, or it is empty', 'data', 'val_data')
-    needed, (soft, hard) = len(paths) + 500, resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < needed <= hard:  # every mapped file holds a descriptor
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    shards = [read_tokens(p) for p in paths]
+    shards = [read_tokens(path) for path in paths]
     types = {str(shard.dtype): path for path, shard in zip(paths, shards)}
     check(len(types) == 1, f'files hold different kinds of tokens: {types}', 'data', 'val_data')
     return shards
@@ -274,20 +272,17 @@ def load_data(c):
         val = read_all(c.val_data)
     elif val is None:
         train, val = [s[:len(s) * 9 // 10] for s in train], [s[len(s) * 9 // 10:] for s in train]
-    for what, shards in (('training', train), ('validation', val)):
+    for name, shards in (('training', train), ('validation', val)):
         longest = max(map(len, shards))
         check(c.block_size < longest, f'block_size ({c.block_size}) must be below the length of '
-              f'the {what} data ({longest} tokens in the longest part)', 'block_size', 'data')
+              f'the {name} data ({longest} tokens in the longest part)', 'block_size', 'data')
     return train, val
 
 
 def fingerprint(shards):
     """A number that differs if sizes do, or any of a thousand tokens: not all data is read."""
-    crc = 0
-    for s in shards:
-        some = np.ascontiguousarray(s[::max(1, len(s) * len(shards) // 1000)])
-        crc = zlib.crc32(some, zlib.crc32(f'{len(s)} {s.dtype}'.encode(), crc))
-    return crc
+    each = [(str(s.dtype), len(s), s[::1 + len(s) * len(shards) // 1000].tolist()) for s in shards]
+    return zlib.crc32(repr(each).encode())
 
 
 def get_batch(c, shards, vocab_size, rng):
@@ -353,57 +348,62 @@ class Batches:
 # -----------------------------------------------------------------------------
 # Sizing a run before renting machines
 
-def estimate(c, P, s_per_byte, ulysses):
-    """What an iteration costs one of P ranks: bytes of the ring, of the sync, and seconds."""
-    config, n_sequences = model_config(c), c.batch_size * c.gradient_accumulation_steps
-    dtype = getattr(torch, 'bfloat16' if c.dtype == 'auto' else c.dtype)
-    with torch.device('meta'):
-        model = GPT(config)
-        x = torch.empty(n_sequences, config.block_size // P, config.n_embd, dtype=dtype)
-        kv = torch.empty(*x.shape[:2], 2, config.n_kv_head, config.head_dim, dtype=dtype)
-        tokens = torch.zeros(*x.shape[:2], config.guess_tokens, dtype=torch.int64)
-        layers = [codec.wire_bytes(x, kv, tokens, codec.weights(  # a norm changes no shape
-            model.wte.weight, lambda x: x, b.attn.c_kv))
-                  for b in model.h if (codec := b.attn.codec)]
-    fwd, bwd = (sum(n) * (P - 1) for n in zip((0, 0), *layers))
+def estimate(c, P, ulysses):
+    """
+    What an iteration is to one of P ranks -> bytes of the ring forward, backward, of the sync;
+    seconds of attention and of all else.
+    """
+    config, ring = dataclasses.replace(model_config(c), compile=False), Rehearsal(2)
+    n_sequences = c.batch_size * c.gradient_accumulation_steps
+    # a step whose tensors have no numbers, over a ring of two, with as many tokens on a rank
+    with FakeTensorMode(), torch.autocast('cpu', torch.bfloat16, enabled=c.dtype != 'float32'):
+        model = GPT(config, ring)
+        idx = torch.zeros(n_sequences, 2 * c.block_size // max(P, 2), dtype=torch.int64)
+        model(idx, idx)[1].backward()
+    fwd, bwd = ring.meter['received_fwd'] * (P - 1), ring.meter['received_bwd'] * (P - 1)
     if ulysses:  # queries and outputs change hands too, but only a rank's share of the heads
         fwd = bwd = fwd * (1 + config.n_head / config.n_kv_head) / P
     n_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     sync = 2 * (P - 1) / P * n_bytes / c.sync_every
-    s_per_flop = n_sequences * config.block_size / P / c.tflops / 1e12  # of one for each token
-    rest = 6 * model.get_num_params() * s_per_flop
-    attention = model.flops_per_token() * s_per_flop - rest
-    # A layer's exchange can hide under its attention alone, of which two sevenths are forward (4 of
-    # 14 T^2 H hd), and under all but one shard of that: the last to arrive, or the first to have a
-    # gradient. Ulysses' attention waits. The sync hides under nothing.
-    seconds, after = rest + sync * s_per_byte, 1 if ulysses else 1 / P
-    for n_bytes, s in ((fwd, attention * 2 / 7), (bwd, attention * 5 / 7)):
-        seconds += max(s, n_bytes * s_per_byte + s * after)
-    return fwd + bwd, sync, seconds
+    s_per_flop = n_sequences * c.block_size / P / c.tflops / 1e12  # of one for each token
+    # as in GPT.flops_per_token, and 6 for each parameter of a codec
+    span = config.chunk_size if c.send == 'local' else c.block_size
+    attention = 6 * c.n_layer * c.n_embd * span * s_per_flop
+    return fwd, bwd, sync, attention, 6 * model.get_num_params() * s_per_flop
 
 
 def plan(argv):
     """What a rank would receive, and how fast it would be, with these flags and with others."""
     c, _ = parse_config(argv)
-    P, n_tokens = c.rehearse or c.cp or 8, (
-        c.batch_size * c.gradient_accumulation_steps * c.block_size)
+    P = c.rehearse or c.cp or 8
+    n_tokens = c.batch_size * c.gradient_accumulation_steps * c.block_size
     check_chunks(c.n_chunks, P)
-    print(f'{P} ranks of {c.tflops:g} TFLOP/s, {n_tokens:,} tokens an iteration. Computed: what a '
-          'rank receives in it;\ntokens/s, if exchanges hide under attention, and the sync under '
-          'nothing.')
-    rows = [('--send=full', '--send=full')]
+    rows = {'--send=full': '--send=full'}
     if c.n_head % P == (c.n_kv_head or c.n_head) % P == 0:  # each rank has some of the heads
-        rows.append(('Ulysses', '--send=full'))
+        rows['Ulysses'] = '--send=full'
     if c.n_layer > 1:  # the paper leaves out the last layer
-        rows.append(('--method=paper', '--method=paper --send=mixture'))
+        rows['--method=paper'] = '--method=paper --send=paper'
+    rows['this configuration'] = ''
+    costs = {name: estimate(parse_config([*argv, *flags.split()])[0], P, name == 'Ulysses')
+             for name, flags in rows.items()}
+    print(f'{P} ranks of {c.tflops:g} TFLOP/s, {n_tokens:,} tokens an iteration. Computed: what '
+          'a rank receives in it;\ntokens/s, if exchanges hide under attention, and the sync under '
+          'nothing.')
     for mbps in [c.link_mbps] if c.link_mbps else [300, 1000]:
+        s = 8e-6 / mbps  # seconds a byte
         print(f'\n{f"at {mbps:g} Mbit/s":<24}{"ring, MB":>12}{"sync, MB":>12}{"ring, s":>12}'
               f'{"sync, s":>12}{"tokens/s":>14}')
-        for name, flags in (*rows, ('this configuration', '')):
-            s, (other, _) = 8e-6 / mbps, parse_config([*argv, *flags.split()])  # seconds a byte
-            ring, sync, seconds = estimate(other, P, s, name == 'Ulysses')
-            print(f'{name:<24}{ring / 1e6:>12,.1f}{sync / 1e6:>12,.1f}{ring * s:>12,.2f}'
-                  f'{sync * s:>12,.2f}{n_tokens / seconds:>14,.0f}')
+        for name, (fwd, bwd, sync, attention, rest) in costs.items():
+            # A layer's exchange can hide under its attention alone, of which two sevenths are
+            # forward (4 of 14 T^2 H hd), and under all but one shard of that: the last to arrive,
+            # or the first to have a gradient. Ulysses' attention waits. The sync hides under
+            # nothing.
+            after = 1 if name == 'Ulysses' else 1 / P
+            seconds = rest + sync * s + sum(
+                max(attention * share, n_bytes * s + attention * share * after)
+                for n_bytes, share in ((fwd, 2 / 7), (bwd, 5 / 7)))
+            print(f'{name:<24}{(fwd + bwd) / 1e6:>12,.1f}{sync / 1e6:>12,.1f}'
+                  f'{(fwd + bwd) * s:>12,.2f}{sync * s:>12,.2f}{n_tokens / seconds:>14,.0f}')
 
 
 # -----------------------------------------------------------------------------
@@ -430,31 +430,40 @@ class World:
               f'world size / cp ({self.dp})', 'gradient_accumulation_steps', 'cp')
         self.n_micro = n // self.dp
         self.tokens = n * c.batch_size * c.block_size  # in an iteration
-        n_gpus, n_local = torch.cuda.device_count(), int(env.get('LOCAL_WORLD_SIZE', 1))
-        said = f'{n_local} processes on this machine, {n_gpus} GPUs'
+        self.width, self.store = len(str(c.max_iters)), None  # of iterations, in lines
+        self.terminated = self.stopping = False  # SIGTERM came; and all know it
+        link = Link(c.link_mbps, c.latency_ms)
+        self.ring = Rehearsal(self.cp, link) if c.rehearse else Ring(link=link)
+        self.choose_device(c)
+
+    def choose_device(self, c):
+        n_gpus, n_local = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        counts = f'{n_local} processes on this machine, {n_gpus} GPUs'
         check(c.device != 'cuda' or n_gpus >= n_local, '--device=cuda needs a GPU per process '
-              f'({said})', 'device', 'nproc_per_node')
-        cuda = c.device != 'cpu' and n_gpus >= n_local
-        self.device = torch.device(f'cuda:{env.get("LOCAL_RANK", 0)}' if cuda else 'cpu')
-        if cuda:
+              f'({counts})', 'device', 'nproc_per_node')
+        self.device, default = torch.device('cpu'), 'float32'
+        if c.device != 'cpu' and n_gpus >= n_local:
+            local_rank, default = int(os.environ.get('LOCAL_RANK', 0)), 'bfloat16'
+            self.device = torch.device('cuda', local_rank)
             torch.cuda.set_device(self.device)
         elif c.device == 'auto' and n_gpus:
-            self.say(f'running on CPU: {said}')
-        link, default = Link(c.link_mbps, c.latency_ms), 'bfloat16' if cuda else 'float32'
+            self.say(f'running on CPU: {counts}')
         self.dtype = getattr(torch, default if c.dtype == 'auto' else c.dtype)
         # no cache: a weight is used once in a forward pass, and a CUDA graph must not find one
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False,
                                        enabled=self.dtype == torch.bfloat16)
-        self.ring = Rehearsal(self.cp, link) if c.rehearse else Ring(link=link)
-        self.width, self.store = len(str(c.max_iters)), None
-        self.terminated = self.stopping = False  # SIGTERM came; and all know it
 
     def say(self, text):
         if self.master:
-            print(text, flush=True)
+            tqdm.write(text)  # above the bar, if there is one
 
     def tell(self, iter_num, text):
         self.say(f'iter {iter_num:>{self.width}}: {text}')
+
+    def bar(self, items=None, **options):
+        """A progress bar, on rank 0 and on a terminal alone. -> the items, if there are some."""
+        return tqdm(items, disable=None if self.master else True, leave=False, dynamic_ncols=True,
+                    **options)
 
     def join(self, c, facts):
         """Make the process groups. facts: {name: value}, the same on all. Raises ValueError."""
@@ -464,7 +473,7 @@ class World:
         timeout = timedelta(seconds=c.timeout_s + 300 * c.compile)  # others may still be compiling
         try:
             store, _, _ = next(dist.rendezvous('env://', timeout=timeout))
-            # torchrun keeps the store, with what an earlier start has left in it, over restarts
+            # torchrun's store outlives a restart, with all that was in it
             self.store = dist.PrefixStore(env.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
             dist.init_process_group('nccl' if cuda else 'gloo', store=self.store, rank=self.rank,
                                     world_size=self.world_size, timeout=timeout,
@@ -473,11 +482,11 @@ class World:
             dist.all_gather_object(everyone, facts)
             group, _ = dist.new_subgroups(self.cp, timeout=timeout)
         except (RuntimeError, OSError) as e:
+            reason = str(e).splitlines()[0][:200]
             raise ValueError(
-                f'rank {self.rank} does not reach the others ({str(e).splitlines()[0][:200]}): has '
-                f'one stopped? Is {env["MASTER_ADDR"]} the first machine, its port open, and the '
-                'network interface (see ip address) in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME?'
-            ) from e
+                f'rank {self.rank} does not reach the others ({reason}): has one stopped? Is '
+                f'{env["MASTER_ADDR"]} the first machine, its port open, and the network interface '
+                '(see ip address) in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME?') from e
         for other, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
                 if theirs[name] != value:
@@ -485,37 +494,29 @@ class World:
                                      f'{value}: they must be the same')
         self.ring = Ring(group, self.ring.link)
 
+    def terminate(self, *_):
+        self.terminated = True
+
     def average(self, tensors):
         """`ring.average`; and if one of the processes was terminated, all learn it together."""
-        told = tensors[0].new_full((1,), self.terminated)
-        average([*tensors, told], self.ring)
-        self.stopping = told.item() > 0
+        terminated = tensors[0].new_full((1,), self.terminated)
+        average([*tensors, terminated], self.ring)
+        self.stopping = terminated.item() > 0
 
-    def broadcast(self, tensors, what):
+    def broadcast(self, tensors, name):
         """Rank 0's for all, as machines may differ in the last digit. Neither counted nor slow."""
-        for tensor in tensors if self.n_processes > 1 else ():
-            with waiting('rank 0', what):
-                dist.broadcast(tensor.detach(), 0)
+        if self.n_processes > 1:
+            for tensor in tensors:
+                with waiting('rank 0', name):
+                    dist.broadcast(tensor.detach(), 0)
+
+
+def complain(text):
+    tqdm.write(f'train.py: {text}', file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------
-# Parts of a run: what it starts from, a step, what it keeps and says
-
-def learning_rate(it, c):
-    """Linear warm-up, then cosine decay to min_lr (nanoGPT's schedule)."""
-    if it < c.warmup_iters:
-        return c.learning_rate * (it + 1) / (c.warmup_iters + 1)
-    end = c.lr_decay_iters or c.max_iters
-    ratio = (it - c.warmup_iters) / (end - c.warmup_iters) if it < end else 1
-    return c.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (c.learning_rate - c.min_lr)
-
-
-def sends_at(it, c):
-    """What the model sends in iteration `it`: warm start, the codec, unplugged."""
-    if it < c.warm_start:
-        return c.warm_send
-    return 'full' if c.unplug_at and it >= c.unplug_at else 'codec'
-
+# What a run starts from, and what it keeps
 
 def replace(path, write):
     """Write a file beside the old one and rename it: there is a whole one at every moment."""
@@ -534,12 +535,14 @@ def load_checkpoint(path):
     """A checkpoint as `save` left it, on the CPU. Raises ValueError if it is not one."""
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        if odd := checkpoint['config'].keys() ^ DEFAULTS.keys():
-            raise KeyError(f'--{min(odd)}')
-        return {k: checkpoint[k] for k in ('model', 'optimizer', 'config', *STATE)}
+        checkpoint = {key: checkpoint[key] for key in ('model', 'optimizer', 'config', *STATE)}
+        gone = sorted(checkpoint['config'].keys() - DEFAULTS.keys())
     except Exception as e:  # whatever a damaged or foreign file makes of it
         raise ValueError(f'{path} is missing, damaged, or no checkpoint of this version of the '
                          f'code ({e!r:.99}): change --init_from or --out_dir') from e
+    check(not gone, f'{path} was saved with --{", --".join(gone)}, which this version of the code '
+          'does not have', 'init_from', 'out_dir')
+    return checkpoint
 
 
 def build(c, world, checkpoint):
@@ -557,13 +560,13 @@ def build(c, world, checkpoint):
             optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p),
                                       exp_avg_sq=torch.zeros_like(p))
     if checkpoint:
-        own = optimizer.state_dict()
+        fresh = optimizer.state_dict()
         try:
             model.load_state_dict(checkpoint['model'])
             state = checkpoint['optimizer']['state']
-            if state.keys() != own['state'].keys():
+            if state.keys() != fresh['state'].keys():
                 raise ValueError('other parameters')
-            optimizer.load_state_dict({**own, 'state': state})  # with this run's options
+            optimizer.load_state_dict({**fresh, 'state': state})  # with this run's options
         except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as e:
             raise ValueError(
                 f'{Path(c.out_dir) / "ckpt.pt"} does not fit the model that its own flags describe '
@@ -572,60 +575,10 @@ def build(c, world, checkpoint):
     return model, optimizer
 
 
-@torch.no_grad()
-def start_codecs(c, model, batches, world, iter_num):
-    """The end of the warm start: codecs begin in principal directions, see --warm_basis."""
-    model.set_send(c.warm_send)  # of the keys and values of such a model
-    with world.autocast:
-        model.start_codecs([batches.training(iter_num, micro)[0] for micro in range(world.n_micro)])
-    world.broadcast([p for block in model.started for p in block.attn.codec.parameters()],
-                    'the first codecs')
-
-
-def change_send(c, model, batches, world, iter_num):
-    """Bring the model to what it sends from now on -> a function (idx, targets) -> loss."""
-    before, now = model.sends, sends_at(iter_num, c)
-    if before != 'codec' and now == 'codec' and model.started:
-        start_codecs(c, model, batches, world, iter_num)
-    model.set_send(now)
-    what = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed'}
-    codec = f'the codec {"starts" if iter_num == c.warm_start else "goes on"}'  # after a resume
-    sends = c.send if now == 'codec' else now
-    world.tell(iter_num, what.get(sends, codec) + '; compiling ...' * c.compile)
-    if c.compile and world.device.type == 'cuda' and not world.ring.link.dialled:
-        with world.autocast:
-            return graphed(model, *batches.training(iter_num, 0))
-    return lambda *batch: model(*batch)[1]
-
-
-def take_step(c, optimizer, params, loss_of, batches, world, iter_num):
-    """A step of AdamW, and the sync -> this rank's loss, learning rate, gradient norm."""
-    # for the stochastic rounding; a function of the seed too, and not the same on every rank
-    seed = np.random.SeedSequence((c.seed, iter_num, world.rank)).generate_state(1)[0]
-    torch.manual_seed(int(seed))
-    lr, loss = learning_rate(iter_num, c), 0.0
-    for group in optimizer.param_groups:
-        group['lr'] = lr * group['lr_scale']
-    for micro in range(world.n_micro):
-        with world.autocast:
-            micro_loss = loss_of(*batches.training(iter_num, micro)) / world.n_micro
-        micro_loss.backward()
-        loss += micro_loss.detach()
-    if c.sync_every == 1:
-        world.average([p.grad for p in params if p.grad is not None])
-    grad_norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf)
-    if math.isfinite(grad_norm):  # else the step is left out, and the data moves on
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if c.sync_every > 1 and (iter_num + 1 == c.max_iters or (iter_num + 1) % c.sync_every == 0):
-        world.average([p.detach() for p in params])
-    return loss.item(), lr, grad_norm.item()
-
-
 def save(c, model, optimizer, world, at):
     """A checkpoint of this moment: one model and one optimizer, the same on all ranks."""
     if c.sync_every > 1:  # the weights are averaged already, AdamW's moments are not
-        average([t for s in optimizer.state.values() for t in s.values()], world.ring)
+        average([t for state in optimizer.state.values() for t in state.values()], world.ring)
     written = f'checkpoint {at.iter_num}'
     if not world.master:  # writing may take longer than a silent peer is waited for
         with waiting('rank 0', 'saving a checkpoint'):
@@ -636,53 +589,38 @@ def save(c, model, optimizer, world, at):
         **vars(at)}
     try:
         replace(path, lambda f: torch.save(checkpoint, f))
+        world.tell(at.iter_num, f'saved {path}')
     except (OSError, RuntimeError) as e:  # torch has its own words for a disk that is full
-        print(f'train.py: could not write {path} ({str(e.args[-1]).splitlines()[0]}); the '
-              'checkpoint before it is untouched', file=sys.stderr)
+        complain(f'could not write {path} ({str(e.args[-1]).splitlines()[0]}); the checkpoint '
+                 'before it is untouched')
     if world.store:
         world.store.set(written, '')
 
 
-@torch.no_grad()
-def validate(c, model, batches, world):
-    """
-    -> what the log has: the mean loss over fixed batches, and that of each chunk of the sequence
-    (None: no targets). Every rank takes part, a ring cannot have idle members.
-    """
-    ring, config = world.ring, model.config
-    sums = torch.zeros(3, c.n_chunks, dtype=torch.float64, device=world.device)
-    mine = positions(c.n_chunks, world.cp)[ring.rank]
-    for x, y in batches.validation():
-        with world.autocast:
-            losses, right = model.evaluate(x, y)  # (B, T / cp)
-        each = torch.stack((losses.double(), ring.shard(y, config.chunk_size) != -1, right))
-        sums[:, mine] += each.unflatten(2, (len(mine), -1)).sum(dim=(1, 3))
-    total, n, n_right = ring.reduce_over_world(sums, 'validation').sum(dim=1).tolist()
-    return {'val_loss': total / n, 'right_answers': n_right / n,
-            'val_loss_by_chunk': [loss / n if n else None for loss, n, _ in sums.T.tolist()]}
-
-
 class Log:
     """
-    out_dir/log.jsonl, one record a line, written by rank 0: first, and after a resume once more,
-    the configuration. `records` are those of this run.
+    What a run says of its steps, and keeps: out_dir/log.jsonl, one record a line, written by rank
+    0: first, and after a resume once more, the configuration. `records` are those of this run.
     """
 
     def __init__(self, c, model, world, at):
         """Of a log that is there, records of iterations before this one stay. Raises OSError."""
-        self.c, self.model, self.world, self.records, self.compression = c, model, world, [], None
-        self.since = at.iter_num, at.seconds, Counter()  # the last line
+        self.c, self.model, self.world, self.records, self.skipped = c, model, world, [], []
+        self.first = self.last = at.iter_num, at.seconds, Counter()  # at the start, the last line
+        self.losses, self.compression = [], None  # since the last line; as last said
         # what a rank receives in an iteration uncompressed: KV; KV again, and its gradient
         n = c.n_layer * c.batch_size * world.n_micro * c.block_size * (world.cp - 1) // world.cp
         d = model.config.n_kv_head * model.config.head_dim
         self.n_received, self.full = n, n * 3 * 2 * d * world.dtype.itemsize
+        self.bar = world.bar(total=c.max_iters * world.tokens, initial=at.iter_num * world.tokens,
+                             unit='tok', unit_scale=True)
         self.path = Path(c.out_dir, 'log.jsonl')
         self.writes = world.master and not c.rehearse and not c.eval_only
         if self.writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_bytes().splitlines(True) if self.path.exists() else []
-            found = [re.match(rb'{"iter": (\d+),.*}\n', line) for line in lines]  # no half lines
-            kept = [match[0] for match in found if match and int(match[1]) < at.iter_num]
+            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+            records = [re.fullmatch(rb'{"iter": (\d+),.*}', line) for line in lines]
+            kept = [r[0] + b'\n' for r in records if r and int(r[1]) < at.iter_num]
             config = self.line({'iter': at.iter_num, 'config': vars(c)})
             replace(self.path, lambda f: f.writelines([*kept, config]))
 
@@ -691,67 +629,223 @@ class Log:
         record = json.loads(json.dumps(record), parse_constant=lambda _: None)
         return json.dumps(record).encode() + b'\n'
 
-    def step(self, at, losses, before, **more):
+    def write(self, record):
+        """A full disk is said, and does not end the run."""
+        self.records.append(record)
+        if self.writes:
+            try:
+                with open(self.path, 'ab') as f:
+                    f.write(self.line(record))
+            except OSError as e:
+                complain(f'could not write {self.path} ({e.strerror})')
+
+    def skip(self, it):
+        """A step without a finite gradient was left out. Ten in a row end the run."""
+        self.skipped.append(it)
+        complain(f'rank {self.world.rank}, iter {it}: the gradient is not finite, step skipped')
+        if self.skipped[-MAX_SKIPPED:] == list(range(it + 1 - MAX_SKIPPED, it + 1)):
+            fail(f'no finite gradient in {MAX_SKIPPED} steps up to iteration {it}; the last '
+                 'checkpoint is from before them: lower --learning_rate')
+
+    def step(self, at, before, **more):
         """Say what happened since the last line, and -> it. before: the meter before the step."""
-        c, world, ring, i = self.c, self.world, self.world.ring, at.iter_num - 1
-        total = torch.tensor([sum(losses), len(losses)], dtype=torch.float64, device=world.device)
-        total, n = ring.reduce_over_world(total, 'the average of losses').tolist()
+        world, ring, meter = self.world, self.world.ring, self.world.ring.meter
+        total = torch.tensor([sum(self.losses), len(self.losses)], dtype=torch.float64)
+        total, n = ring.reduce_over_world(total.to(world.device), 'the average of losses').tolist()
         loss = total / n if n else math.nan  # the mean, as one batch's jumps
-        dt = (at.seconds - self.since[1]) / (at.iter_num - self.since[0])
-        tokens, n_sequences = world.tokens, world.tokens // c.block_size
+        iter_num, seconds, meter_then = self.last
+        dt = (at.seconds - seconds) / (at.iter_num - iter_num)
+        text = f'loss {loss:.4f}, {dt * 1000:>6,.0f} ms, {world.tokens / dt:>9,.0f} tok/s'
         gpu = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else ''
-        peak = world.world_size * sum(flops for name, flops in PEAK_FLOPS.items() if name in gpu)
-        world.tell(i, f'loss {loss:.4f}, {dt * 1000:>6,.0f} ms, {tokens / dt:>9,.0f} tok/s' + (
-            f', mfu {self.model.estimate_mfu(n_sequences, dt, peak):5.1%}' if peak else ''))
-        step, sync = ring.meter - before, ring.meter - self.since[2]  # syncs: since the last line
+        for name, flops in PEAK_FLOPS.items():
+            if name in gpu:
+                n_sequences, flops = world.tokens // self.c.block_size, world.world_size * flops
+                text += f', mfu {self.model.estimate_mfu(n_sequences, dt, flops):5.1%}'
+        world.tell(at.iter_num - 1, text)
+        step, sync = meter - before, meter - meter_then  # syncs: since the last line
         fwd, bwd = step['received_fwd'], step['received_bwd']
         compression = 1 - (fwd + bwd) / self.full if fwd else None
         if compression not in (None, self.compression):  # said when it changes
             self.compression, n = compression, self.n_received
-            world.tell(i, f'received {fwd / n:.0f} + {bwd / n:.0f} bytes a token and layer, forward'
-                       f' + backward: {compression:.1%} less than uncompressed')
-        self.since = at.iter_num, at.seconds, Counter(ring.meter)
-        return {'loss': loss, **more, 'tokens': at.iter_num * tokens,
-                'seconds': round(at.seconds, 3), 'compression': compression,
+            world.tell(at.iter_num - 1, f'received {fwd / n:.0f} + {bwd / n:.0f} bytes a token and '
+                       f'layer, forward + backward: {compression:.1%} less than uncompressed')
+        self.losses, self.last = [], (at.iter_num, at.seconds, Counter(meter))
+        return {'loss': loss, **more, 'skipped': len(self.skipped),
+                'tokens': at.iter_num * world.tokens, 'seconds': round(at.seconds, 3),
+                'compression': compression,
                 **{k: step[k] for k in ('sent_fwd', 'received_fwd', 'sent_bwd', 'received_bwd')},
                 **{k: sync[k] for k in ('sent_sync', 'received_sync')}}
 
-    def write(self, record):
-        """A full disk is said, and does not end the run."""
-        self.records.append(record)
-        if not self.writes:
-            return
-        try:
-            with open(self.path, 'ab', buffering=0) as f:
-                size, line = f.tell(), self.line(record)
-                if f.write(line) < len(line):
-                    f.truncate(size)  # half a line is none
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as e:
-            print(f'train.py: could not write {self.path} ({e.strerror})', file=sys.stderr)
+    def say_summary(self, at):
+        world, meter, rank = self.world, self.world.ring.meter, self.world.ring.rank
+        n, seconds = at.iter_num - self.first[0], at.seconds - self.first[1]
+        if n:
+            world.say(f'{n} iterations, {n * world.tokens:,} tokens in {seconds:.0f}s')
+        if n and world.world_size > 1:
+            ring, full = meter['sent_fwd'] + meter['sent_bwd'], n * self.full
+            world.say(f'rank {rank} sent {ring / 1e6:,.1f} MB over the ring (uncompressed: '
+                      f'{full / 1e6:,.1f}) and {meter["sent_sync"] / 1e6:,.1f} MB for syncs')
+        if world.device.type == 'cuda':
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            world.say(f'peak memory of rank {rank}: {peak:.2f} GB')
 
 
-def describe(c, model, batches, world, at):
-    say, n = world.say, model.get_num_params()
+def describe(c, model, batches, world, at, checkpoint):
+    say, n, acts_as = world.say, model.get_num_params(), 'as one of' if c.rehearse else '='
+    attention = kernels.attention_backend(world.device.type, world.dtype, model.config.head_dim)
     say(f'{n / 1e6:.2f}M parameters, vocabulary {model.config.vocab_size}')
-    say(f'{world.n_processes} process(es) {"as one of" if c.rehearse else "="} dp {world.dp} x cp '
-        f'{world.cp} on {world.device.type}, {world.dtype}; attention by '
-        + kernels.attention_backend(world.device.type, world.dtype, model.config.head_dim))
-    for what, shards in (('training', batches.train), ('validation', batches.val)):
-        if shards:
-            n = sum(map(len, shards))
-            say(f'{what} data: {n:,} tokens in {len(shards)} file(s)'
-                + f'; {c.max_iters * world.tokens / n:.2g} passes' * (what == 'training'))
+    say(f'{world.n_processes} process(es) {acts_as} dp {world.dp} x cp {world.cp} on '
+        f'{world.device.type}, {world.dtype}; attention by {attention}')
+    if batches.train:
+        n, n_val = (sum(map(len, shards)) for shards in (batches.train, batches.val))
+        say(f'training data: {n:,} tokens in {len(batches.train)} file(s); '
+            f'{c.max_iters * world.tokens / n:.2g} passes\n'
+            f'validation data: {n_val:,} tokens in {len(batches.val)} file(s)')
     if c.rehearse:
         say(f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory and bytes. The '
             'losses mean nothing; nothing is validated or saved')
-    if at.iter_num:
-        say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}'
-            + '; to go on, raise --max_iters' * (at.iter_num >= c.max_iters))
+    if checkpoint:
+        advice = '; to go on, raise --max_iters' if at.iter_num >= c.max_iters else ''
+        say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}{advice}')
+        for name in sorted(DEFAULTS.keys() - checkpoint['config'].keys()):
+            say(f'the checkpoint has no --{name}, which is newer: it is {getattr(c, name)!r}')
 
 
 # -----------------------------------------------------------------------------
-# The run
+# The run: what is sent when, validation, the loop, and all of it from flags to the end
+
+def learning_rate(it, c):
+    """Linear warm-up, then cosine decay to min_lr (nanoGPT's schedule)."""
+    if it < c.warmup_iters:
+        return c.learning_rate * (it + 1) / (c.warmup_iters + 1)
+    end = c.lr_decay_iters or c.max_iters
+    ratio = (it - c.warmup_iters) / (end - c.warmup_iters) if it < end else 1
+    return c.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (c.learning_rate - c.min_lr)
+
+
+def sends_at(it, c):
+    """What the model sends in iteration `it`: warm start, the codec, unplugged."""
+    if it < c.warm_start:
+        return c.warm_send
+    return 'full' if c.unplug_at and it >= c.unplug_at else 'codec'
+
+
+def change_send(c, model, batches, world, iter_num):
+    """Bring the model to what it sends from now on -> a function (idx, targets) -> loss."""
+    before, now = model.sends, sends_at(iter_num, c)
+    if before != 'codec' and now == 'codec' and model.started:
+        with world.autocast:
+            model.start_codecs([batches.training(iter_num, k)[0] for k in range(world.n_micro)])
+        world.broadcast([p for block in model.started for p in block.attn.codec.parameters()],
+                        'the first codecs')
+    model.set_send(now)
+    sends = c.send if now == 'codec' else now
+    text = 'the codec starts' if iter_num == c.warm_start else 'the codec goes on'
+    text = {'local': 'nothing is sent', 'full': 'all is sent, uncompressed'}.get(sends, text)
+    world.tell(iter_num, text + '; compiling ...' if c.compile else text)
+    if c.compile and world.device.type == 'cuda' and not world.ring.link.dialled:
+        with world.autocast:
+            return graphed(model, *batches.training(iter_num, 0))
+    return lambda *batch: model(*batch)[1]
+
+
+@torch.no_grad()
+def validate(c, model, batches, world, it):
+    """
+    -> what the log has: the mean loss over fixed batches, and that of each chunk of the sequence
+    (None: no targets). Every rank takes part, a ring cannot have idle members.
+    """
+    ring, config = world.ring, model.config
+    sums = torch.zeros(3, c.n_chunks, dtype=torch.float64, device=world.device)
+    mine = positions(c.n_chunks, world.cp)[ring.rank]
+    for x, y in world.bar(batches.validation(), total=math.ceil(c.eval_iters / world.dp),
+                          desc='validation', delay=3):
+        with world.autocast:
+            losses, right = model.evaluate(x, y)  # (B, T / cp)
+        each = torch.stack((losses.double(), ring.shard(y, config.chunk_size) != -1, right))
+        sums[:, mine] += each.unflatten(2, (len(mine), -1)).sum(dim=(1, 3))
+    total, n, n_right = ring.reduce_over_world(sums, 'validation').sum(dim=1).tolist()
+    text = f'val loss {total / n:.4f}'
+    if c.data == 'needle':
+        text += f', {n_right / n:.1%} right answers (chance: {1 / N_VALUES:.1%})'
+    world.tell(it, text)
+    return {'val_loss': total / n, 'right_answers': n_right / n,
+            'val_loss_by_chunk': [loss / n if n else None for loss, n, _ in sums.T.tolist()]}
+
+
+def sample(c, model, world):
+    idx = torch.tensor([list(os.fsencode(c.prompt) or b'\n')], device=world.device)
+    with world.autocast:
+        for _ in world.bar(range(c.sample_tokens), desc='sample', delay=3):
+            idx = model.generate(idx, 1, temperature=0.8, top_k=50)
+    world.say('--- sample\n' + bytes(idx[0].tolist()).decode(errors='replace'))
+
+
+def train(c, model, optimizer, batches, world, log, at):
+    """The loop: until max_iters, or a signal to stop. Changes `at`, model and optimizer."""
+    params, meter = [p for p in model.parameters() if p.requires_grad], world.ring.meter
+    # at a sync: only then do all ranks have the same weights
+    eval_interval = c.sync_every * math.ceil(c.eval_interval / c.sync_every)
+    loss_of = None
+    while True:
+        # -- what is sent from now on
+        it, began, record = at.iter_num, time.perf_counter(), {'iter': at.iter_num}
+        done = it >= c.max_iters or c.eval_only or world.stopping
+        if loss_of is None or model.sends != sends_at(it, c):
+            loss_of = None  # an earlier CUDA graph goes before the next is captured
+            loss_of = change_send(c, model, batches, world, it)
+        at.seconds += time.perf_counter() - began
+
+        # -- validation and a checkpoint, whose time and bytes do not count
+        if (done or it % eval_interval == 0) and not c.rehearse:
+            world.ring.meter = Counter()
+            record |= validate(c, model, batches, world, it)
+            wanted = c.always_save_checkpoint or record['val_loss'] < at.best_val_loss
+            at.best_val_loss = min(at.best_val_loss, record['val_loss'])
+            if wanted and it > log.first[0] and math.isfinite(record['val_loss']):
+                save(c, model, optimizer, world, at)
+            world.ring.meter = meter
+        if done:
+            return log.write(record)
+
+        # -- the gradient: of all micro-batches, averaged over all ranks
+        began, before = time.perf_counter(), Counter(meter)
+        seeds = np.random.SeedSequence((c.seed, it, world.rank))  # of rounding at random
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+        loss = 0.0
+        for micro in range(world.n_micro):
+            with world.autocast:
+                micro_loss = loss_of(*batches.training(it, micro)) / world.n_micro
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        if c.sync_every == 1:
+            world.average([p.grad for p in params if p.grad is not None])
+
+        # -- a step of AdamW; without a finite gradient none, and the data moves on
+        lr = learning_rate(it, c)
+        for group in optimizer.param_groups:
+            group['lr'] = lr * group['lr_scale']
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf).item()
+        if math.isfinite(grad_norm):
+            optimizer.step()
+            log.losses.append(loss.item())
+        else:
+            log.skip(it)
+        optimizer.zero_grad(set_to_none=True)
+        at.iter_num += 1
+        last = at.iter_num == c.max_iters
+        if c.sync_every > 1 and (last or at.iter_num % c.sync_every == 0):
+            world.average([p.detach() for p in params])
+        at.seconds += time.perf_counter() - began
+
+        # -- what there is to say of it
+        log.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
+        log.bar.update(world.tokens)
+        if it % c.log_interval == 0 or last:
+            record |= log.step(at, before, lr=lr, grad_norm=grad_norm)
+        if len(record) > 1:
+            log.write(record)
+
 
 def set_up(argv):
     """-> what `train` needs, or None after --plan. Exits with a sentence if something is wrong."""
@@ -772,106 +866,39 @@ def set_up(argv):
     except ValueError as e:
         fail(e)
     except OSError as e:
-        remedy = 'raise ulimit -n, or ' * (e.errno == errno.EMFILE)
-        fail(f'{e.filename or "a file"} cannot be read or made ({e.strerror}): {remedy}change '
-             '--data, --val_data or --out_dir')
-    describe(c, model, batches, world, at)
+        remedy = 'raise ulimit -n, or change' if e.errno == errno.EMFILE else 'change'
+        fail(f'{e.filename or "a file"} cannot be read or made ({e.strerror}): {remedy} --data, '
+             '--val_data or --out_dir')
+    describe(c, model, batches, world, at, checkpoint)
     return c, model, optimizer, batches, world, log, at
 
 
 def main(argv=None):
     """One training run. Returns a dict: the log's last values and records, iter_num, the model."""
-    if hasattr(sys.stdout, 'reconfigure'):  # what a terminal cannot show is no reason to end
-        sys.stdout.reconfigure(errors='backslashreplace')  # as it is for stderr
+    if hasattr(sys.stdout, 'reconfigure'):  # lines at once; what a terminal cannot show is escaped
+        sys.stdout.reconfigure(line_buffering=True, errors='backslashreplace')
     try:
-        if not (run := set_up(argv)):
+        run = set_up(argv)
+        if run is None:
             return None
-        c, model, _, _, world, log, _ = run
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(world, 'terminated', True))
+        c, model, _, _, world, log, at = run
+        handler = signal.signal(signal.SIGTERM, world.terminate)
         try:
-            result = train(*run)
+            with log.bar:
+                train(*run)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, handler)
     except PeerError as e:
-        print(f'train.py: {e}', file=sys.stderr, flush=True)
+        complain(e)
         os._exit(1)  # taking down groups whose members are gone can hang
+    log.say_summary(at)
     if dist.is_initialized():
         dist.destroy_process_group()
     if world.stopping:
         world.say('stopped by SIGTERM; --init_from=resume goes on')
         sys.exit(128 + signal.SIGTERM)
-    # one rank, of a run that trained; a vocabulary of 256 is bytes
-    if log.writes and model.config.vocab_size == 256 and c.sample_tokens:
-        prompt = torch.tensor([list(os.fsencode(c.prompt) or b'\n')], device=world.device)
-        with world.autocast:
-            text = model.generate(prompt, c.sample_tokens, temperature=0.8, top_k=50)[0]
-        world.say('--- sample\n' + bytes(text.tolist()).decode(errors='replace'))
-    return result
-
-
-def train(c, model, optimizer, batches, world, log, at):
-    """The loop. Returns what `main` does."""
-    meter, params = world.ring.meter, [p for p in model.parameters() if p.requires_grad]
-    first, loss_of, losses, skipped = argparse.Namespace(**vars(at)), None, [], []
-    # at a sync: only then do all ranks have the same weights
-    eval_interval = c.sync_every * math.ceil(c.eval_interval / c.sync_every)
-    while True:
-        # -- what is sent from now on
-        began, record = time.perf_counter(), {'iter': at.iter_num}
-        done = at.iter_num >= c.max_iters or c.eval_only or world.stopping
-        if loss_of is None or model.sends != sends_at(at.iter_num, c):
-            loss_of = None  # an earlier CUDA graph goes before the next is captured
-            loss_of = change_send(c, model, batches, world, at.iter_num)
-        at.seconds += time.perf_counter() - began
-
-        # -- validation and a checkpoint, whose time and bytes do not count
-        if (done or at.iter_num % eval_interval == 0) and not c.rehearse:
-            world.ring.meter = Counter()
-            record |= validate(c, model, batches, world)
-            val_loss, right = record['val_loss'], record['right_answers']
-            world.tell(at.iter_num, f'val loss {val_loss:.4f}' + (
-                f', {right:.1%} right answers (chance: {1 / N_VALUES:.1%})' * (c.data == 'needle')))
-            best, at.best_val_loss = val_loss < at.best_val_loss, min(at.best_val_loss, val_loss)
-            if at.iter_num > first.iter_num and math.isfinite(val_loss) and (
-                    best or c.always_save_checkpoint):
-                save(c, model, optimizer, world, at)
-            world.ring.meter = meter
-        if done:
-            log.write(record)
-            break
-
-        # -- a step
-        began, before = time.perf_counter(), Counter(meter)
-        loss, lr, grad_norm = take_step(c, optimizer, params, loss_of, batches, world, at.iter_num)
-        if math.isfinite(grad_norm):
-            losses.append(loss)
-        else:
-            skipped.append(at.iter_num)
-            print(f'train.py: rank {world.rank}, iter {at.iter_num}: the gradient is not finite, '
-                  'step skipped', file=sys.stderr, flush=True)
-            if skipped[-MAX_SKIPPED:] == [*range(at.iter_num + 1 - MAX_SKIPPED, at.iter_num + 1)]:
-                fail(f'no finite gradient in {MAX_SKIPPED} steps up to iteration {at.iter_num}; '
-                     'the last checkpoint is from before them: lower --learning_rate')
-        at.iter_num += 1
-        at.seconds += time.perf_counter() - began
-        if record['iter'] % c.log_interval == 0 or at.iter_num == c.max_iters:
-            record |= log.step(at, losses, before, lr=lr, grad_norm=grad_norm, skipped=len(skipped))
-            losses = []
-        if len(record) > 1:
-            log.write(record)
-
-    # -- what it came to
-    n, rank = at.iter_num - first.iter_num, world.ring.rank
-    if n:
-        world.say(f'{n} iterations, {n * world.tokens:,} tokens in '
-                  f'{at.seconds - first.seconds:.0f}s')
-    if n and world.world_size > 1:
-        sent = (meter['sent_fwd'] + meter['sent_bwd']) / 1e6
-        world.say(f'rank {rank} sent {sent:,.1f} MB over the ring (uncompressed: '
-                  f'{n * log.full / 1e6:,.1f}) and {meter["sent_sync"] / 1e6:,.1f} MB for syncs')
-    if world.device.type == 'cuda':
-        peak = torch.cuda.max_memory_allocated() / 1e9
-        world.say(f'peak memory of rank {rank}: {peak:.2f} GB')
+    if log.writes and model.config.vocab_size == 256 and c.sample_tokens:  # 256: bytes
+        sample(c, model, world)
     last = {key: value for record in log.records for key, value in record.items()}
     return {**last, 'iter_num': at.iter_num, 'records': log.records, 'model': model}
 
