@@ -407,6 +407,15 @@ SYNC_ROW = 128  # numbers that share a scale, where a sync is rounded
 SYNC_PART = 2**26  # numbers averaged at a time: rounding needs several times their memory
 
 
+def average_bytes(n, itemsize, N, dtype):
+    """What averaging n numbers costs each of N ranks each way: 2 (N - 1) / N of their bytes."""
+    n_bytes = n * itemsize
+    if dtype != 'compute':
+        row = {'bf16': 2 * SYNC_ROW, 'int8': SYNC_ROW + 2, 'int4': SYNC_ROW // 2 + 2}[dtype]
+        n_bytes = -(-n // (SYNC_ROW * N)) * N * row  # rows of a piece, for N ranks
+    return 2 * (N - 1) * n_bytes // N
+
+
 @torch.no_grad()
 def average(tensors, ring, dtype='compute'):
     """
@@ -425,12 +434,7 @@ def average(tensors, ring, dtype='compute'):
         return
     flat = torch.cat([t.flatten() for t in tensors])
     for part in (flat,) if dtype == 'compute' else flat.split(SYNC_PART):
-        n_rows = -(-len(part) // (SYNC_ROW * N))  # of a piece
-        n_bytes = part.nbytes
-        if dtype != 'compute':
-            n_bytes = N * n_rows * {'bf16': 2 * SYNC_ROW, 'int8': SYNC_ROW + 2,
-                                    'int4': SYNC_ROW // 2 + 2}[dtype]
-        n_bytes = 2 * (N - 1) * n_bytes // N
+        n_bytes = average_bytes(len(part), part.itemsize, N, dtype)
         ring.count('sync', n_bytes)
         name, link = 'the average of gradients or weights', ring.link
         if link.dialled:  # it ends for none before the last has begun
@@ -439,7 +443,7 @@ def average(tensors, ring, dtype='compute'):
         if dtype == 'compute':
             ring.reduce_over_world(part, name).div_(N)
         else:
-            pieces = F.pad(part, (0, N * n_rows * SYNC_ROW - len(part))).view(N, n_rows, SYNC_ROW)
+            pieces = F.pad(part, (0, -len(part) % (N * SYNC_ROW))).view(N, -1, SYNC_ROW)
             pieces = unpack(ring.swap_over_world(pack(pieces, dtype), name), dtype, part.dtype)
             mean = pack(pieces.sum(dim=0) / N, dtype)
             mean = unpack(ring.gather_over_world(mean, name), dtype, part.dtype)

@@ -9,6 +9,7 @@ Train a GPT on long sequences split over several workers, with compressed ring a
 sent, ring.py the wire.
 """
 import argparse
+import copy
 import dataclasses
 import difflib
 import errno
@@ -32,11 +33,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import kernels
 from mos_cp import CHOICES, GPT, GPTConfig, check, graphed
-from ring import Link, PeerError, Rehearsal, Ring, average, check_chunks, positions, waiting
+from ring import (Link, PeerError, Rehearsal, Ring, average, average_bytes, check_chunks,
+                  positions, waiting)
 
 # -----------------------------------------------------------------------------
 # Configuration. The fields of RunConfig and of GPTConfig (mos_cp.py) are the flags: name, type,
@@ -76,6 +79,7 @@ class RunConfig:
     seed: int = 1337  # of weights, codecs, data order and sampling
     cp: int = 0  # ranks that share one sequence; 0: all. The rest is data parallel
     sync_every: int = 1  # 1: average gradients every iteration; c: weights every c (local AdamW)
+    sync_dtype: str = 'compute'  # what is averaged travels as: compute, bf16, int8 or int4
     device: str = 'auto'  # auto, cpu or cuda; auto: cuda if every process can have a GPU
     dtype: str = 'auto'  # auto (bfloat16 on cuda, else float32), float32, bfloat16, float64
     rehearse: int = 0  # one process acts as one of so many ranks: its time, memory and bytes
@@ -109,7 +113,9 @@ METHODS = {
 
 CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS),
            'init_from': ('scratch', 'resume', 'auto'), 'warm_send': ('local', 'full'),
-           'device': ('auto', 'cpu', 'cuda'), 'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
+           'device': ('auto', 'cpu', 'cuda'),
+           'sync_dtype': ('compute', 'bf16', 'int8', 'int4'),
+           'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 AT_LEAST_1 = ('log_interval', 'eval_interval', 'eval_iters', 'batch_size',
               'gradient_accumulation_steps', 'sync_every', 'timeout_s')  # others: at least 0
@@ -348,35 +354,53 @@ class Batches:
 # -----------------------------------------------------------------------------
 # Sizing a run before renting machines
 
+def dry_run(P, config, batch_size, n_tokens, dtype):
+    """
+    A step of one of P ranks that holds n_tokens of each sequence, with tensors that have no numbers
+    -> bytes received forward, backward; FLOPs of all but attention.
+    """
+    ring = Rehearsal(P)
+    with FakeTensorMode(), torch.autocast('cpu', torch.bfloat16, enabled=dtype != 'float32'):
+        model = GPT(config, ring)
+        idx = torch.zeros(batch_size, P * n_tokens, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            model(idx, idx)[1].backward()
+    flops = sum(n for operator, n in counter.get_flop_counts()['Global'].items()
+                if 'attention' not in str(operator))
+    return ring.meter['received_fwd'], ring.meter['received_bwd'], flops
+
+
 def estimate(c, P, ulysses):
     """
     What an iteration is to one of P ranks -> bytes of the ring forward, backward, of the sync;
-    seconds of attention and of all else.
+    FLOPs of the model, its attention, the codec.
     """
-    config, ring = dataclasses.replace(model_config(c), compile=False), Rehearsal(2)
-    n_sequences = c.batch_size * c.gradient_accumulation_steps
-    # a step whose tensors have no numbers, over a ring of two, with as many tokens on a rank
-    with FakeTensorMode(), torch.autocast('cpu', torch.bfloat16, enabled=c.dtype != 'float32'):
-        model = GPT(config, ring)
-        idx = torch.zeros(n_sequences, 2 * c.block_size // max(P, 2), dtype=torch.int64)
-        model(idx, idx)[1].backward()
-    fwd, bwd = ring.meter['received_fwd'] * (P - 1), ring.meter['received_bwd'] * (P - 1)
+    config = dataclasses.replace(model_config(c), compile=False)
+    n_sequences, n_tokens = c.batch_size * c.gradient_accumulation_steps, c.block_size // P
+    args = config, c.batch_size, n_tokens, c.dtype
+    fwd, bwd, flops = dry_run(min(P, 2), *args)
+    if P > 2:  # bytes and FLOPs grow by the same with every rank
+        fwd, bwd = fwd * (P - 1), bwd * (P - 1)
+        flops += (dry_run(4, *args)[2] - flops) * (P - 2) // 2
+    fwd, bwd, flops = (n * c.gradient_accumulation_steps for n in (fwd, bwd, flops))
     if ulysses:  # queries and outputs change hands too, but only a rank's share of the heads
         fwd = bwd = fwd * (1 + config.n_head / config.n_kv_head) / P
-    n_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    sync = 2 * (P - 1) / P * n_bytes / c.sync_every
-    s_per_flop = n_sequences * c.block_size / P / c.tflops / 1e12  # of one for each token
-    # as in GPT.flops_per_token, and 6 for each parameter of a codec
+    with torch.device('meta'):
+        model = GPT(config)
+    model.set_send(c.send if c.send in ('local', 'full') else 'codec')
+    n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sync = average_bytes(n_params, 4, P, c.sync_dtype) / c.sync_every
     span = config.chunk_size if c.send == 'local' else c.block_size
-    attention = 6 * c.n_layer * c.n_embd * span * s_per_flop
-    return fwd, bwd, sync, attention, 6 * model.get_num_params() * s_per_flop
+    attention = 6 * c.n_layer * c.n_embd * span * n_sequences * n_tokens
+    of_model = model.flops_per_token() * n_sequences * n_tokens - attention
+    return fwd, bwd, sync, of_model, attention, flops - of_model
 
 
 def plan(argv):
-    """What a rank would receive, and how fast it would be, with these flags and with others."""
+    """What a rank would receive and compute, and how fast, with these flags and with others."""
     c, _ = parse_config(argv)
     P = c.rehearse or c.cp or 8
-    n_tokens = c.batch_size * c.gradient_accumulation_steps * c.block_size
+    tokens = c.batch_size * c.gradient_accumulation_steps * c.block_size
     check_chunks(c.n_chunks, P)
     rows = {'--send=full': '--send=full'}
     if c.n_head % P == (c.n_kv_head or c.n_head) % P == 0:  # each rank has some of the heads
@@ -386,24 +410,28 @@ def plan(argv):
     rows['this configuration'] = ''
     costs = {name: estimate(parse_config([*argv, *flags.split()])[0], P, name == 'Ulysses')
              for name, flags in rows.items()}
-    print(f'{P} ranks of {c.tflops:g} TFLOP/s, {n_tokens:,} tokens an iteration. Computed: what '
-          'a rank receives in it;\ntokens/s, if exchanges hide under attention, and the sync under '
-          'nothing.')
+    print(f'{P} ranks of {c.tflops:g} TFLOP/s, {tokens:,} tokens an iteration. Computed: what a '
+          'rank receives in it;\nthe arithmetic of the codec, as a share of model and attention; '
+          'tokens/s, if exchanges hide under\nattention, and the sync under nothing.')
     for mbps in [c.link_mbps] if c.link_mbps else [300, 1000]:
         s = 8e-6 / mbps  # seconds a byte
-        print(f'\n{f"at {mbps:g} Mbit/s":<24}{"ring, MB":>12}{"sync, MB":>12}{"ring, s":>12}'
-              f'{"sync, s":>12}{"tokens/s":>14}')
-        for name, (fwd, bwd, sync, attention, rest) in costs.items():
+        print(f'\n{f"at {mbps:g} Mbit/s":<20}{"ring, MB":>10}{"sync, MB":>10}{"ring, s":>10}'
+              f'{"sync, s":>10}{"compute, s":>12}{"codec":>8}{"tokens/s":>12}')
+        for name, (fwd, bwd, sync, of_model, attention, of_codec) in costs.items():
             # A layer's exchange can hide under its attention alone, of which two sevenths are
             # forward (4 of 14 T^2 H hd), and under all but one shard of that: the last to arrive,
             # or the first to have a gradient. Ulysses' attention waits. The sync hides under
             # nothing.
             after = 1 if name == 'Ulysses' else 1 / P
-            seconds = rest + sync * s + sum(
+            of_model, attention, of_codec = (
+                n / c.tflops / 1e12 for n in (of_model, attention, of_codec))  # seconds
+            seconds = of_model + of_codec + sync * s + sum(
                 max(attention * share, n_bytes * s + attention * share * after)
                 for n_bytes, share in ((fwd, 2 / 7), (bwd, 5 / 7)))
-            print(f'{name:<24}{(fwd + bwd) / 1e6:>12,.1f}{sync / 1e6:>12,.1f}'
-                  f'{(fwd + bwd) * s:>12,.2f}{sync * s:>12,.2f}{n_tokens / seconds:>14,.0f}')
+            print(f'{name:<20}{(fwd + bwd) / 1e6:>10,.1f}{sync / 1e6:>10,.1f}'
+                  f'{(fwd + bwd) * s:>10,.2f}{sync * s:>10,.2f}'
+                  f'{of_model + attention + of_codec:>12,.2f}'
+                  f'{max(0, of_codec) / (of_model + attention):>8.1%}{tokens / seconds:>12,.0f}')
 
 
 # -----------------------------------------------------------------------------
@@ -431,7 +459,9 @@ class World:
         self.n_micro = n // self.dp
         self.tokens = n * c.batch_size * c.block_size  # in an iteration
         self.width, self.store = len(str(c.max_iters)), None  # of iterations, in lines
-        self.terminated = self.stopping = False  # SIGTERM came; and all know it
+        self.signal, self.stopping = None, False  # told to stop; and all know it
+        self.saved = False  # whether the last checkpoint was written
+        self.asked, self.anchor = None, {}  # see `agree_to_stop`, `average_weights`
         link = Link(c.link_mbps, c.latency_ms)
         self.ring = Rehearsal(self.cp, link) if c.rehearse else Ring(link=link)
         self.choose_device(c)
@@ -494,14 +524,39 @@ class World:
                                      f'{value}: they must be the same')
         self.ring = Ring(group, self.ring.link)
 
-    def terminate(self, *_):
-        self.terminated = True
+    def stop(self, signum, frame):
+        """On a signal: stop after a step. A second one ends the process at once."""
+        self.signal = signal.Signals(signum)
+        signal.signal(signum, signal.SIG_DFL)
 
-    def average(self, tensors):
-        """`ring.average`; and if one of the processes was terminated, all learn it together."""
-        terminated = tensors[0].new_full((1,), self.terminated)
-        average([*tensors, terminated], self.ring)
-        self.stopping = terminated.item() > 0
+    def agree_to_stop(self):
+        """
+        After every step: if one process was told to stop, all learn it together, a step later. What
+        asks is under way during that step, so that nobody waits for it.
+        """
+        if self.n_processes == 1:
+            self.stopping = self.signal is not None
+            return
+        with waiting('all other ranks', 'the end of a step'):
+            if self.asked:
+                work, flag = self.asked
+                work.wait()
+                self.stopping = flag.item() > 0
+            flag = torch.tensor([float(self.signal is not None)], device=self.device)
+            self.asked = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag
+
+    @torch.no_grad()
+    def set_anchor(self, params):
+        """These weights are now the same on all ranks."""
+        self.anchor.update({p: p.detach().clone() for p in params})
+
+    @torch.no_grad()
+    def average_weights(self, dtype):
+        """What travels is the change since all ranks had the same weights."""
+        changes = [p - same for p, same in self.anchor.items()]
+        average(changes, self.ring, dtype)
+        torch._foreach_add_(list(self.anchor.values()), changes)
+        torch._foreach_copy_(list(self.anchor), list(self.anchor.values()))
 
     def broadcast(self, tensors, name):
         """Rank 0's for all, as machines may differ in the last digit. Neither counted nor slow."""
@@ -575,26 +630,38 @@ def build(c, world, checkpoint):
     return model, optimizer
 
 
+def averaged(optimizer, world):
+    """The optimizer's state, of which AdamW's moments are the means over all ranks."""
+    state = copy.deepcopy(optimizer.state_dict())
+    average([t for moments in state['state'].values() for t in moments.values()], world.ring)
+    return state
+
+
 def save(c, model, optimizer, world, at):
-    """A checkpoint of this moment: one model and one optimizer, the same on all ranks."""
-    if c.sync_every > 1:  # the weights are averaged already, AdamW's moments are not
-        average([t for state in optimizer.state.values() for t in state.values()], world.ring)
+    """
+    A checkpoint of this moment: one model, the same on all ranks, and one optimizer. -> whether it
+    was written.
+    """
+    state = averaged(optimizer, world) if c.sync_every > 1 else optimizer.state_dict()
     written = f'checkpoint {at.iter_num}'
     if not world.master:  # writing may take longer than a silent peer is waited for
         with waiting('rank 0', 'saving a checkpoint'):
-            return world.store.wait([written], timedelta(minutes=10))
-    path, checkpoint = Path(c.out_dir, 'ckpt.pt'), {
-        'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'config': vars(c),
+            world.store.wait([written], timedelta(minutes=10))
+        return world.store.get(written) == b'written'
+    path, checkpoint, result = Path(c.out_dir, 'ckpt.pt'), {
+        'model': model.state_dict(), 'optimizer': state, 'config': vars(c),
         'model_args': vars(model.config),  # GPTConfig(**model_args) is the model, as in nanoGPT
-        **vars(at)}
+        **vars(at)}, 'written'
     try:
         replace(path, lambda f: torch.save(checkpoint, f))
         world.tell(at.iter_num, f'saved {path}')
     except (OSError, RuntimeError) as e:  # torch has its own words for a disk that is full
+        result = 'failed'
         complain(f'could not write {path} ({str(e.args[-1]).splitlines()[0]}); the checkpoint '
-                 'before it is untouched')
+                 'before it, if there is one, is untouched')
     if world.store:
-        world.store.set(written, '')
+        world.store.set(written, result)
+    return result == 'written'
 
 
 class Log:
@@ -736,8 +803,9 @@ def change_send(c, model, batches, world, iter_num):
     if before != 'codec' and now == 'codec' and model.started:
         with world.autocast:
             model.start_codecs([batches.training(iter_num, k)[0] for k in range(world.n_micro)])
-        world.broadcast([p for block in model.started for p in block.attn.codec.parameters()],
-                        'the first codecs')
+        codecs = [p for block in model.started for p in block.attn.codec.parameters()]
+        world.broadcast(codecs, 'the first codecs')
+        world.set_anchor(p for p in codecs if p in world.anchor)
     model.set_send(now)
     sends = c.send if now == 'codec' else now
     text = 'the codec starts' if iter_num == c.warm_start else 'the codec goes on'
@@ -786,25 +854,34 @@ def train(c, model, optimizer, batches, world, log, at):
     params, meter = [p for p in model.parameters() if p.requires_grad], world.ring.meter
     # at a sync: only then do all ranks have the same weights
     eval_interval = c.sync_every * math.ceil(c.eval_interval / c.sync_every)
+    if c.sync_every > 1:
+        world.set_anchor(params)
     loss_of = None
     while True:
+        it, record, new = at.iter_num, {'iter': at.iter_num}, at.iter_num > log.first[0]
+        # -- told to stop: a checkpoint before anything else
+        if world.stopping:
+            if c.sync_every > 1 and it % c.sync_every:
+                world.average_weights(c.sync_dtype)
+            world.saved = new and not c.rehearse and save(c, model, optimizer, world, at)
+            return log.write(record)
+
         # -- what is sent from now on
-        it, began, record = at.iter_num, time.perf_counter(), {'iter': at.iter_num}
-        done = it >= c.max_iters or c.eval_only or world.stopping
+        began, done = time.perf_counter(), it >= c.max_iters or c.eval_only
         if loss_of is None or model.sends != sends_at(it, c):
             loss_of = None  # an earlier CUDA graph goes before the next is captured
             loss_of = change_send(c, model, batches, world, it)
         at.seconds += time.perf_counter() - began
 
-        # -- validation and a checkpoint, whose time and bytes do not count
+        # -- validation, whose bytes do not count, and a checkpoint; the time of both does not
         if (done or it % eval_interval == 0) and not c.rehearse:
             world.ring.meter = Counter()
             record |= validate(c, model, batches, world, it)
             wanted = c.always_save_checkpoint or record['val_loss'] < at.best_val_loss
             at.best_val_loss = min(at.best_val_loss, record['val_loss'])
-            if wanted and it > log.first[0] and math.isfinite(record['val_loss']):
-                save(c, model, optimizer, world, at)
             world.ring.meter = meter
+            if wanted and new and math.isfinite(record['val_loss']):
+                world.saved = save(c, model, optimizer, world, at)
         if done:
             return log.write(record)
 
@@ -819,7 +896,7 @@ def train(c, model, optimizer, batches, world, log, at):
             micro_loss.backward()
             loss += micro_loss.detach()
         if c.sync_every == 1:
-            world.average([p.grad for p in params if p.grad is not None])
+            average([p.grad for p in params if p.grad is not None], world.ring, c.sync_dtype)
 
         # -- a step of AdamW; without a finite gradient none, and the data moves on
         lr = learning_rate(it, c)
@@ -835,7 +912,9 @@ def train(c, model, optimizer, batches, world, log, at):
         at.iter_num += 1
         last = at.iter_num == c.max_iters
         if c.sync_every > 1 and (last or at.iter_num % c.sync_every == 0):
-            world.average([p.detach() for p in params])
+            world.average_weights(c.sync_dtype)
+        if not last:
+            world.agree_to_stop()
         at.seconds += time.perf_counter() - began
 
         # -- what there is to say of it
@@ -882,12 +961,13 @@ def main(argv=None):
         if run is None:
             return None
         c, model, _, _, world, log, at = run
-        handler = signal.signal(signal.SIGTERM, world.terminate)
+        handlers = {s: signal.signal(s, world.stop) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             with log.bar:
                 train(*run)
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
     except PeerError as e:
         complain(e)
         os._exit(1)  # taking down groups whose members are gone can hang
@@ -895,8 +975,10 @@ def main(argv=None):
     if dist.is_initialized():
         dist.destroy_process_group()
     if world.stopping:
-        world.say('stopped by SIGTERM; --init_from=resume goes on')
-        sys.exit(128 + signal.SIGTERM)
+        signum = world.signal or signal.SIGTERM  # or another rank's
+        world.say(f'stopped by {signum.name} at iteration {at.iter_num}; ' + (
+            '--init_from=resume goes on' if world.saved else 'nothing was saved of it'))
+        sys.exit(128 + signum)
     if log.writes and model.config.vocab_size == 256 and c.sample_tokens:  # 256: bytes
         sample(c, model, world)
     last = {key: value for record in log.records for key, value in record.items()}
