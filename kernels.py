@@ -38,7 +38,9 @@ def fused(f):
     """
     @functools.cache
     def compiled():
-        torch._dynamo.config.recompile_limit = 64  # several lengths, with grad and without
+        # a graph for each layer, for a shard and its half, with gradients and without
+        config = torch._dynamo.config
+        config.recompile_limit = config.accumulated_recompile_limit = 10_000
         return torch.compile(f, fullgraph=True, dynamic=False)
 
     @functools.wraps(f)
@@ -314,3 +316,21 @@ def dequantize(q, bits, n, dtype):
     if bits == 4:
         q = torch.stack((q & 15, q >> 4), dim=-1).flatten(-2)[..., :n]
     return (q.to(dtype) - (2 ** (bits - 1) - 1)) * scale.to(dtype)
+
+
+def encode(x, dtype, stochastic=False):
+    """x as it travels: as it is (dtype 'compute'), in bf16, or by `quantize` ('int8', 'int4')."""
+    if dtype == 'compute':
+        return x
+    if dtype == 'bf16':
+        return x.to(torch.bfloat16)
+    return quantize(x, int(dtype.removeprefix('int')), stochastic)
+
+
+def decode(wire, dtype, n, to):
+    """The inverse of `encode` for x (..., n), up to rounding -> in dtype `to`, or as it came."""
+    if dtype == 'compute':
+        return wire
+    if dtype == 'bf16':
+        return wire.to(to)
+    return dequantize(wire, int(dtype.removeprefix('int')), n, to)

@@ -10,7 +10,8 @@ below).
 
 With `GPT(config, Ring(group))` every rank makes the same call with the same sequences, computes the
 part that `ring.shard` gives it, and all together get the same logits and loss: they depend on
-config.n_chunks, never on how many ranks share the chunks.
+config.n_chunks, never on how many ranks share the chunks. So do gradients, where they are not
+rounded on their way.
 """
 import dataclasses
 import math
@@ -32,10 +33,30 @@ from ring import Ring, attend, average, positions
 class Full(nn.Module):
     """
     Keys and values as they are. The base of all codecs. One of your own needs `compress` and
-    `expand`, `weights` if it learns something, and an entry in CODECS: rounding to fewer bits, and
-    gradients across the wire, come for free.
+    `expand`, and an entry in CODECS; rounding to fewer bits, and gradients across the wire, come
+    for free. If it learns something:
+
+        class LowRank(Full):
+            def __init__(self, config, layer):
+                super().__init__(config, layer)
+                self.E = nn.Parameter(0.1 * torch.randn(config.n_embd, config.latent_dim))
+                self.D = nn.Parameter(0.1 * torch.randn(config.latent_dim, config.n_embd))
+
+            def compress(self, x, kv, known):
+                return (x @ self.E,)
+
+            def weights(self, W, gain):
+                return (self.D @ W.T,)
+
+            def expand(self, payload, known, weights):
+                return (payload[0] @ weights[0]).unflatten(-1, self.shape)
+
+    `compress` runs under ordinary autograd. `expand` runs inside ring attention, forward and once
+    more in backward, and sees nothing but its arguments: a parameter that it read from self would
+    get no gradient. So what learns there is returned by `weights` or `know`.
     """
     keep = False  # True, for a small payload: hold it until backward. False: it is sent again then
+    feeds_above = False  # True, with keep: what arrives is `below` for the layers above
     reads_words = False  # True: `know` gets words
 
     def __init__(self, config, layer):
@@ -47,8 +68,8 @@ class Full(nn.Module):
         """
         What every rank knows of all tokens without being told: tensors (world_size, B, T, ...).
         tokens (world_size, B, T, guess_tokens): of these the j-th is the one j places before.
-        words (vocab_size, n_embd): the embedding, normed, if the class has `reads_words`. below:
-        what arrived for each layer below, (world_size, B, T, r). All of these get gradients.
+        words (vocab_size, n_embd): the embedding, normed. below: a list of what arrived for the
+        layers below with `feeds_above`, (world_size, B, T, r) each. All of these get gradients.
         """
         return ()
 
@@ -56,7 +77,7 @@ class Full(nn.Module):
         """
         The tensors that `expand` needs, made once a step from parameters, from W (2 d, n_embd),
         with which an input x has keys and values W x, and from the gain (n_embd) of the norm that
-        makes x. `expand` must not read parameters from self.
+        makes x.
         """
         return ()
 
@@ -76,28 +97,21 @@ class Full(nn.Module):
         """
         The payload, or the gradient of its floating-point tensors, as it travels. int8 and int4
         have one scale for each row, which is the last dimension: a head of full keys and values, z
-        of a token. There gradients are rounded stochastically: nothing is lost on average.
+        of a token. Gradients are rounded at random then: nothing is lost on average.
         """
         dtype = self.grad_wire_dtype if gradient else self.wire_dtype
-
-        def rounded(t):
-            if dtype == 'compute' or not t.is_floating_point():
-                return t
-            if dtype == 'bf16':
-                return t.to(torch.bfloat16)
-            return kernels.quantize(t, int(dtype[3:]), stochastic=gradient)
-        return [rounded(t) for t in tensors]
+        return [kernels.encode(t, dtype, stochastic=gradient) if t.is_floating_point() else t
+                for t in tensors]
 
     @kernels.fused
     def unpack(self, wire, sizes, dtype, gradient=False):
-        """The inverse of `pack`. sizes, dtype: last dimensions and dtype of what was packed."""
+        """
+        The inverse of `pack` -> floating-point tensors in `dtype`. sizes: last dimensions of what
+        was packed; None: it was no floating-point tensor, and came as it is.
+        """
         wire_dtype = self.grad_wire_dtype if gradient else self.wire_dtype
-
-        def restored(t, size):
-            if t.dtype == torch.uint8:
-                return kernels.dequantize(t, int(wire_dtype[3:]), size, dtype)
-            return t.to(dtype) if wire_dtype == 'bf16' and t.is_floating_point() else t
-        return [restored(t, size) for t, size in zip(wire, sizes)]
+        return [t if size is None else kernels.decode(t, wire_dtype, size, dtype)
+                for t, size in zip(wire, sizes)]
 
 
 class Mixture(Full):
@@ -107,11 +121,11 @@ class Mixture(Full):
 
         look up  [t, s] = sum_j W_e_j^T e_j             e_j: embedding of the token j places back
                                                         (j < guess_tokens), normed
-        known    y = [t, z_1 .. z_(l-1)]                t: guess_dim numbers; z of the layers below,
-                                                        as they arrived, rounded (guess_below)
+        known    y = [t, z', z'', ..]                   t: m numbers (guess_dim); z' ..: z of all
+                                                        layers below, as it arrived (guess_below)
         guess    g = A y + b
         mixture  theta = c tanh(s)                      s: k numbers (n_generators), c = theta_max
-                 E(theta) = E_0 + sum_l theta_l E_l     each E_l: (n, r), r numbers (latent_dim);
+                 E(theta) = E_0 + sum_i theta_i E_i     each E_i: (n, r), r numbers (latent_dim);
                                                         D(theta) likewise
         send     z = E(theta)^T (x - g)                 in 4 bits and a scale, by default
         rebuild  [K, V] = W (g + D(theta) z)
@@ -119,8 +133,8 @@ class Mixture(Full):
     Every rank has W, knows every token, and has received z of the layers below. So guess and theta
     cost no byte, and what is rebuilt moves with W as W learns. W gets gradients from every rebuilt
     key and value too; z of a layer below gets those of all layers above, and they travel once, with
-    its own layer's. Nothing here looks at later tokens. W_e, A, b, E_l and D_l are learned; k = 0
-    is one learned subspace. With a look-up the first layer sends nothing (`FirstLayer`).
+    its own layer's. Nothing here looks at later tokens. W_e, A, b, E_i and D_i are learned; k = 0
+    is one learned subspace. With m > 0 the first layer sends nothing (`FirstLayer`).
     """
     keep = reads_words = True
     theta_max = 0.2
@@ -129,15 +143,18 @@ class Mixture(Full):
         super().__init__(config, layer)
         n, r, self.k = config.n_embd, config.latent_dim, config.n_generators
         self.m = min(config.guess_dim, n, 2 * math.prod(self.shape[1:]))
-        n_below = r * (layer - (self.m > 0)) if config.guess_below else 0
-        # a mixture begins as the one subspace it contains: E_l and D_l are 0
+        self.feeds_above = config.guess_below
+        n_senders = layer - 1 if self.m else layer  # layers below that send
+        n_below = r * n_senders if config.guess_below else 0
+        # a mixture begins as the one subspace it contains: E_i and D_i are 0
         E_0 = torch.linalg.qr(torch.randn(n, r))[0]
         self.E = nn.Parameter(F.pad(E_0[:, None], (0, 0, 0, self.k)))  # (n, 1 + k, r)
         self.D = nn.Parameter(self.E.detach().clone())
         # [t, s] are about 1 at this scale; at 0, and A = 0, they would never learn
         W_e = torch.randn(config.guess_tokens, n, self.m + self.k)
         self.W_e = nn.Parameter(W_e / math.sqrt(config.guess_tokens * n))
-        self.A, self.b = nn.Parameter(torch.zeros(n, self.m + n_below)), nn.Parameter(torch.zeros(n))
+        self.A = nn.Parameter(torch.zeros(n, self.m + n_below))
+        self.b = nn.Parameter(torch.zeros(n))
 
     def know(self, tokens, words, below):
         """-> [t, s] (world_size, B, T, m + k), and z of the layers below."""
@@ -148,7 +165,7 @@ class Mixture(Full):
         looked_up = F.embedding(rows, table).sum(dim=-2, dtype=table.dtype)
         return looked_up, *(below if self.config.guess_below else ())
 
-    def read(self, known, dtype):
+    def guess_inputs(self, known, dtype):
         """What is known of tokens -> y (B, T, m + n_below), [1, theta] (B, T, 1 + k)."""
         looked_up, *below = known
         t, s = looked_up.to(dtype).split([self.m, self.k], dim=-1)
@@ -161,24 +178,24 @@ class Mixture(Full):
         return W @ rebuild, W @ self.b
 
     def compress(self, x, kv, known):
-        y, share = self.read(known, x.dtype)
+        y, theta = self.guess_inputs(known, x.dtype)
         rest = x - F.linear(y, self.A.to(x.dtype), self.b.to(x.dtype))
         z = rest @ aligned(self.E.flatten(1)).to(x.dtype)  # E_0^T rest, E_1^T rest, ..
         z = z[..., :self.E[0].numel()].unflatten(-1, self.E.shape[1:])  # (B, T, 1 + k, r)
         # without dtype autocast makes it float32 on GPUs
-        return ((share.unsqueeze(-1) * z).sum(dim=2, dtype=x.dtype),)
+        return ((theta.unsqueeze(-1) * z).sum(dim=2, dtype=x.dtype),)
 
     def expand(self, payload, known, weights):
         z, = payload
-        y, share = self.read(known, z.dtype)
+        y, theta = self.guess_inputs(known, z.dtype)
         WAD, Wb = (w.to(z.dtype) for w in weights)
-        mixed = (share.unsqueeze(-1) * z.unsqueeze(2)).flatten(2)  # z, theta_1 z, ..
+        mixed = (theta.unsqueeze(-1) * z.unsqueeze(2)).flatten(2)  # z, theta_1 z, ..
         return F.linear(aligned(torch.cat((y, mixed), dim=-1)), WAD, Wb).unflatten(-1, self.shape)
 
-    def moment(self, x, tokens, words, below, W):
+    def moment(self, x, tokens, words, below):
         """
-        Sum of [x, e, z, 1]^T [x, e, z, 1] over tokens, for `start`: x (B, T, n_embd), their
-        embeddings e, z of the layers below. float32 at least.
+        For `start`: of a rank's x (B, T, n_embd) with the embeddings e of its tokens, and z of the
+        layers below, the sum of [x, e, z, 1] [x, e, z, 1]^T over tokens. float32 at least.
         """
         e = words[tokens].flatten(2) if self.m else x[..., :0]
         parts = x, e, *(below if self.config.guess_below else ())
@@ -189,20 +206,20 @@ class Mixture(Full):
             return rows.T @ rows
 
     @torch.no_grad()
-    def start(self, moment, W):
+    def start(self, W, moment):
         """
-        From the sum of all `moment`s: the guess becomes the regression of x on e and z of the
-        layers below, the subspace what is best for W of what that leaves.
+        From the `moment` of many tokens, or its mean over ranks: the guess becomes the ridge
+        regression of x on e and z of the layers below, E_0 and D_0 what is best for W of the rest.
         """
-        C, W, n = moment.double(), W.double(), len(self.E)
+        C, W, n = moment.double() / moment[-1, -1], W.double(), len(self.E)  # means over tokens
         xy, yy = C[:n, n:], C[n:, n:]  # y = [e, z, 1]
         if self.m:
             # 1. The m numbers of e that say most to W beside z: t, so that y = [t, z, 1]
             n_e = self.W_e[..., 0].numel()
-            R, rest = regression(xy, yy), slice(n_e, None)
-            left = yy[:n_e, :n_e] - regression(yy[:n_e, rest], yy[rest, rest]) @ yy[rest, :n_e]
-            to_t, _ = bottleneck(R[:, :n_e] @ left @ R[:, :n_e].T, W, self.m)
-            W_e = R[:, :n_e].T @ to_t
+            R_e, rest = regression(xy, yy)[:, :n_e], slice(n_e, None)
+            left_of_e = yy[:n_e, :n_e] - regression(yy[:n_e, rest], yy[rest, rest]) @ yy[rest, :n_e]
+            to_t, _ = bottleneck(R_e @ left_of_e @ R_e.T, W, self.m)
+            W_e = R_e.T @ to_t
             self.W_e[..., :self.m] = W_e.unflatten(0, (-1, n))  # s stays random
             S = torch.block_diag(W_e, torch.eye(len(yy) - n_e).to(C))
             xy, yy = xy @ S, S.T @ yy @ S
@@ -210,10 +227,11 @@ class Mixture(Full):
         R = regression(xy, yy)
         self.A.copy_(R[:, :-1])
         self.b.copy_(R[:, -1])
-        left = C[:n, :n] - R @ xy.T - xy @ R.T + R @ yy @ R.T
-        for mixed, subspace in zip((self.E, self.D), bottleneck(left, W, self.config.latent_dim)):
-            mixed.zero_()
-            mixed[:, 0] = subspace
+        left_of_x = C[:n, :n] - R @ xy.T - xy @ R.T + R @ yy @ R.T
+        E_0, D_0 = bottleneck(left_of_x, W, self.config.latent_dim)
+        for family, subspace in ((self.E, E_0), (self.D, D_0)):
+            family.zero_()
+            family[:, 0] = subspace
 
 
 class Paper(Full):
@@ -225,8 +243,8 @@ class Paper(Full):
         send     Z_c = U(theta)^T Z, theta                 second order. G_l: frozen, random, skew-
         rebuild  Z = U(theta) Z_c                          symmetric, |G_l| = 1 (Frobenius)
 
-    r = 2/7 of latent_dim for keys, the rest for values. psi is learned, U_0 (d, r) is frozen: the
-    principal directions of W's columns at the start. A chunk's later tokens move its theta.
+    r = 2/7 of latent_dim for keys, the rest for values. psi is learned, U_0 (d, r) is frozen: from
+    `start` on it spans the principal directions of W's columns. A chunk's later tokens move theta.
     """
     keep = True
     theta_max = 0.5
@@ -284,16 +302,11 @@ class Paper(Full):
             kv.append(aligned(Z_c) @ aligned(U.flatten(1)).to(Z_c.dtype).mT)
         return torch.stack(kv, dim=2).unflatten(-1, self.shape[1:])
 
-    def moment(self, x, tokens, words, below, W):
-        """The start is of the weights alone: W W^T of keys and of values (2, d, d)."""
-        W = W.unflatten(0, (2, -1))
-        return W @ W.mT
-
     @torch.no_grad()
-    def start(self, moment, W):
-        """U_0: the principal directions of the columns of W."""
-        for U, M in zip(self.U, moment.double()):
-            U_0, _ = bottleneck(M, torch.eye(len(M)).to(M), U.shape[-1])
+    def start(self, W, moment):
+        """From the weights alone: U_0 becomes the principal directions of the columns of W."""
+        for U, W in zip(self.U, W.double().chunk(2)):
+            U_0, _ = bottleneck(W @ W.T, torch.eye(len(W)).to(W), U.shape[-1])
             U.copy_(self.rotated(U_0))
 
 
@@ -331,7 +344,10 @@ def aligned(x):
 
 
 class FirstLayer(Full):
-    """The first layer's input follows from the token alone: nothing has to be sent."""
+    """
+    The first layer's input follows from the token alone: nothing has to be sent. (Each rank holds
+    the inputs of all tokens: n_embd numbers a token, of this one layer.)
+    """
     keep = reads_words = True
 
     def know(self, tokens, words, below):
@@ -344,7 +360,8 @@ class FirstLayer(Full):
         return ()
 
     def expand(self, payload, known, weights):
-        x, (W,) = known[0], weights
+        x, = known
+        W, = weights
         return F.linear(x, W.to(x.dtype)).unflatten(-1, self.shape)
 
 
@@ -420,8 +437,8 @@ class GPTConfig:
         check(self.send != 'mixture' or self.latent_dim <= most,
               f'latent_dim ({self.latent_dim}) must be at most {most}', 'latent_dim')
         check(self.send != 'paper' or 1 <= min(self.paper_dims) <= max(self.paper_dims) <= d,
-              f'latent_dim ({self.latent_dim}) must leave keys and values between 1 and {d} numbers '
-              f'each, not {self.paper_dims}', 'latent_dim')
+              f'latent_dim ({self.latent_dim}) must leave keys and values between 1 and {d} '
+              f'numbers each, not {self.paper_dims}', 'latent_dim')
         check(self.compress_last or self.n_layer > 1 or self.send in ('full', 'local'),
               f'compress_last ({self.compress_last}) leaves nothing to compress when n_layer is '
               f'{self.n_layer}', 'compress_last', 'n_layer')
@@ -463,21 +480,25 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.plain = Full(config, layer)  # uncompressed: in a warm start, unplugged
         self.plain.wire_dtype = self.plain.grad_wire_dtype = 'compute'
-        codec = CODECS[config.send]
-        if codec is Mixture and config.guess_dim and layer == 0:
-            codec = FirstLayer
-        if not config.compress_last and layer == config.n_layer - 1:
-            self.codec = codec and self.plain
-            return
-        # random numbers of its own: the initial weights must not depend on what is sent
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed((torch.initial_seed() * 1000 + layer) % 2**63)
-            self.codec = codec and codec(config, layer)
+        kind = CODECS[config.send]
+        if kind is None:
+            self.codec = None
+        elif not config.compress_last and layer == config.n_layer - 1:
+            self.codec = self.plain
+        else:
+            if issubclass(kind, Mixture) and config.guess_dim and layer == 0:
+                kind = FirstLayer
+            # random numbers of its own: the initial weights must not depend on what is sent
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed((torch.initial_seed() * 1000 + layer) % 2**63)
+                self.codec = kind(config, layer)
 
     @property
     def active(self):
         """The codec in use now, see GPT.set_send; None: nothing is sent."""
-        return {'local': None, 'full': self.plain, 'codec': self.codec}[self.sends]
+        if self.sends == 'local':
+            return None
+        return self.plain if self.sends == 'full' else self.codec
 
     @kernels.fused
     def project(self, x, norm, angles, rank, tokens, words, below):
@@ -503,20 +524,20 @@ class Attention(nn.Module):
         k, v = self.active.expand(payload, known, weights).unbind(2)
         return kernels.rope(k, angles), v
 
-    def forward(self, x, norm, ring, tokens, words, below):
-        """-> (B, T, n_embd) before c_proj, and what arrived: a list of (world_size, B, T, ...)."""
+    def forward(self, x, norm, ring, where, tokens, words, below):
+        """-> (B, T, n_embd) before c_proj, and a list of what arrived (`Full.feeds_above`)."""
         c, codec, T = self.config, self.active, x.shape[1]
 
-        def angles(rank, n):
-            where = positions(T * ring.world_size, ring.world_size, x.device)[rank, :n]
-            return kernels.rope_angles(where, c.head_dim, c.rope_base)
+        def angles(rank, n):  # of one shard at a time
+            return kernels.rope_angles(where[rank, :n], c.head_dim, c.rope_base)
 
         def rebuild(payload, known, weights, source, n):
             return self.rebuild(payload, known, weights, angles(source, n))
         span = c.chunk_size if c.exact_local or not codec else 0
-        lossless = type(codec) is Full and codec.wire_dtype == 'compute'
-        if lossless or type(codec) is FirstLayer:
-            span = T  # exact anyway: a rank's own shard in one piece, which is causal in its order
+        # what rebuilds keys and values as they were needs no second pass over a rank's own shard,
+        # which in one piece is causal in its order
+        if type(codec) is FirstLayer or type(codec) is Full and codec.wire_dtype == 'compute':
+            span = T
         projected = self.project(x, norm, angles(ring.rank, T), ring.rank, tokens, words, below)
         y, *arrived = attend(ring, *projected, codec, rebuild, span)
         return y.flatten(2), arrived
@@ -552,12 +573,12 @@ class Block(nn.Module):
         x = x + self.attn.c_proj(y)
         return x + self.mlp(self.ln_2(x))
 
-    def forward(self, x, ring, tokens, words, below):
+    def forward(self, x, ring, where, tokens, words, below):
         """
-        x (B, T, n_embd): this rank's shard; the rest as in `Full.know` -> x, and `below` with what
-        arrived for this layer.
+        x (B, T, n_embd): this rank's shard; positions of every rank's (world_size, T); the rest as
+        in `Full.know` -> x, and `below` with what arrived for this layer.
         """
-        y, arrived = self.attn(x, self.ln_1, ring, tokens, words, below)
+        y, arrived = self.attn(x, self.ln_1, ring, where, tokens, words, below)
         x = recomputed(self.after, x, y) if self.config.recompute else self.after(x, y)
         return x, [*below, *arrived]
 
@@ -610,29 +631,33 @@ class GPT(nn.Module):
     def inputs(self, idx, ring):
         """
         Whole sequences (B, T) -> the embeddings x (B, T / world_size, n_embd) of this rank's shard;
-        of every rank's shard tokens, with those before each (the first one's: itself):
-        (world_size, B, T / world_size, guess_tokens); and words, see `Full.know`.
+        of every rank's shard positions (world_size, T / world_size) and tokens, with those before
+        each (the first one's: itself), (world_size, B, T / world_size, guess_tokens).
         """
         n, c = idx.shape[1], self.config
         check(n <= c.block_size, f'sequence length ({n}) is above block_size ({c.block_size})',
               'block_size')
-        if ring.world_size == 1:  # padding: later than every real token (but in a chunk's mean)
+        if ring.world_size == 1:  # padding: only the mean of a chunk (`Paper`) sees it
             idx = F.pad(idx, (0, -n % c.chunk_size))
         ring.check(idx.shape[1], c.chunk_size)
-        where = positions(idx.shape[1], ring.world_size, idx.device)  # (world_size, T)
+        where = positions(idx.shape[1], ring.world_size, idx.device)
         back = where.unsqueeze(-1) - torch.arange(c.guess_tokens, device=idx.device)
         tokens = idx[:, back.clamp(min=0)].transpose(0, 1)
-        reads_words = any(block.attn.active and block.attn.active.reads_words for block in self.h)
-        words = self.ln_words(self.wte.weight) if reads_words else None
-        return self.wte(tokens[ring.rank, ..., 0]), tokens, words
+        return self.wte(tokens[ring.rank, ..., 0]), where, tokens
+
+    def words(self):
+        """The embedding, normed, if a codec reads it."""
+        codecs = (block.attn.active for block in self.h)
+        if any(codec and codec.reads_words for codec in codecs):
+            return self.ln_words(self.wte.weight)
 
     def hidden(self, idx, ring):
         """All but the head: (B, T) -> (B, T / world_size, n_embd)."""
-        x, tokens, words = self.inputs(idx, ring)
-        below = []  # what arrived for the layers so far
+        x, where, tokens = self.inputs(idx, ring)
+        words, below = self.words(), []  # what arrived for the layers so far
         for block in self.h:
-            x, below = block(x, ring, tokens, words, below)
-        return x[:, :idx.shape[1]]
+            x, below = block(x, ring, where, tokens, words, below)
+        return x[:, :idx.shape[1]]  # without the padding
 
     def pieces(self, *tensors):
         """A few tokens at a time: the logits of a long sequence are larger than all the rest."""
@@ -678,22 +703,24 @@ class GPT(nn.Module):
     def start_codecs(self, batches):
         """
         Start the codecs, from the lowest layer to the highest, in one forward pass over `batches`,
-        a list of idx (B, T) as in `forward`: sums are over all of them and all ranks of the run.
+        a list of idx (B, T) as in `forward`: means are over all of them and all ranks of the run.
         """
-        kernels.compile_fused(False)
         self.set_send('codec')
+        kernels.compile_fused(False)
+        rank, words = self.ring.rank, self.words()
         streams = [(*self.inputs(idx, self.ring), []) for idx in batches]
         for block in self.h:
-            if block in self.started:
-                codec, W, rank = block.attn.codec, block.attn.c_kv.weight, self.ring.rank
-                moment = sum(codec.moment(block.ln_1(x), tokens[rank], words,
-                                          [z[rank] for z in below], W)
-                             for x, tokens, words, below in streams)
+            codec, moment = block.attn.codec, None
+            if hasattr(codec, 'moment'):
+                moment = sum(
+                    codec.moment(block.ln_1(x), tokens[rank], words, [z[rank] for z in below])
+                    for x, _, tokens, below in streams)
                 average([moment], self.ring)
-                codec.start(moment, W)
-            for i, (x, tokens, words, below) in enumerate(streams):
-                x, below = block(x, self.ring, tokens, words, below)
-                streams[i] = x, tokens, words, below
+            if block in self.started:
+                codec.start(block.attn.c_kv.weight, moment)
+            for i, (x, where, tokens, below) in enumerate(streams):
+                x, below = block(x, self.ring, where, tokens, words, below)
+                streams[i] = x, where, tokens, below
 
     # -- nanoGPT's interface
 
@@ -748,8 +775,9 @@ class graphed:
     """
     A function (idx, targets) -> loss of a model, whose forward and backward are one CUDA graph,
     because to launch the kernels of a small model takes longer than they do. For batches of these
-    shapes and what is sent now, under an autocast that does not cache. Not over a dialled link,
-    which waits on the host. Destroy it before the process group: NCCL waits for its graphs.
+    shapes and what is sent now, under an autocast that does not cache. Backward comes before the
+    next call. Not over a dialled link, which waits on the host. Destroy it before the process
+    group: NCCL waits for its graphs.
     """
 
     def __init__(self, model, idx, targets):

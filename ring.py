@@ -55,12 +55,19 @@ def check_chunks(n_chunks, world_size):
                          'change --n_chunks or --cp')
 
 
+def exact_calls(span, T):
+    """
+    The attention kernels (`kernels.Call`) of T queries over their own keys and values as they are,
+    within pieces of `span` tokens, which divides T. span 0: there is no such exact part.
+    """
+    return (kernels.Call(T // span, slice(0, span), slice(0, span), True),) if span else ()
+
+
 def visible(span, T, rank, source):
     """
-    The attention kernels that the queries of `rank` need over the shard of rank `source`, both of T
-    tokens: a tuple of `Call`. source None: over their own keys and values as they are, within
-    pieces of `span` tokens, which divides T. span 0: there is no such exact part. Else what is left
-    of the own shard is below the diagonal, here of eight pieces:
+    The attention kernels that the queries of `rank` need over the rebuilt shard of rank `source`,
+    both of T tokens. Of the own shard that is what `exact_calls` leaves: below the diagonal, here
+    of eight pieces:
 
         .                   A row for each piece's queries, a column for its keys; exact (.) are
         c .                 those of the piece itself. One kernel does each letter: the back half
@@ -72,8 +79,6 @@ def visible(span, T, rank, source):
         a a a a b b c .
     """
     Call, everything, front, back = kernels.Call, slice(0, T), slice(0, T // 2), slice(T // 2, T)
-    if source is None:
-        return (Call(T // span, slice(0, span), slice(0, span), True),) if span else ()
     if source < rank:
         return (Call(1, everything, front, False),)
     if source > rank:
@@ -102,21 +107,23 @@ def attend(ring, q, k, v, payload, known, weights, codec, rebuild, span):
     payload: tuple of tensors (B, S, ...), S = T for a token's numbers, or the number of chunks for
         a chunk's; the same shapes on every rank. Floating-point ones get gradients.
     known: tuple of tensors (world_size, B, T, ...), what this rank knows of every rank's tokens.
-    weights: the tensors that `rebuild` uses, this rank's own for every shard. They get the gradient
-        of this rank's queries: sum over ranks, as for any weight. So does what is known.
+    weights: the tensors that `rebuild` uses, this rank's own for every shard. These and what is
+        known get this rank's queries' share of their gradients: as for any weight, average over
+        ranks.
     codec: None: nothing is sent. Else
         .pack(payload) -> the tensors that travel, .unpack(those, last dimensions, dtype) ->
             payload: lossy, its gradient the identity. With gradient=True the same for gradients.
         .keep: hold what has arrived until backward instead of sending it a second time. Right for a
             small payload; uncompressed it would undo the memory saving of context parallelism.
+        .feeds_above: return what arrived too; only with keep.
     rebuild: a function (payload, known, weights, source, n) -> keys with RoPE and values
         (B, n, Hkv, hd), not views by Tensor.expand, of the first n tokens of rank `source`, of
-        which it gets payload and known (B, n, ...).
+        which it gets payload (B, S n / T, ...) and known (B, n, ...).
     span: within pieces of so many tokens queries see k and v as they are; all else comes through
         the codec, also what lies on this rank. 0: everything comes through the codec.
-    Returns out (B, T, H, hd) in q's dtype, and with `keep` what arrived of each floating-point
-    tensor of the payload: (world_size, B, S, ...), every rank's, as unpacked. Its gradient goes home
-    in the message that goes anyway. Both accumulate in float32 at least.
+    Returns out (B, T, H, hd) in q's dtype, and with feeds_above what arrived of each floating-point
+    tensor of the payload: (world_size, B, S, ...), every rank's, as unpacked. Sums are in float32
+    at least.
     """
     return _Attend.apply(ring, codec, rebuild, span, len(payload), len(known),
                          q, k, v, *payload, *known, *weights)
@@ -148,42 +155,47 @@ class _Attend(torch.autograd.Function):
         dK = dS^T Q                         dQ = sum of dS K
 
     Forward lse grows shard by shard (`kernels.merge`). Backward it is known: shards just add up.
+
+    The payload of a rank gets the sum, over all ranks, of what comes to it through `rebuild` and of
+    the gradient of what arrived there: both go home in one message.
     """
 
     @staticmethod
     def forward(ctx, ring, codec, rebuild, span, n_payload, n_known, q, k, v, *tensors):
         payload, known = tensors[:n_payload], tensors[n_payload:n_payload + n_known]
-        weights, T = tensors[n_payload + n_known:], q.shape[1]
-        sizes, sum_dtype = [t.shape[-1] for t in payload], kernels.accumulation_dtype(q.dtype)
-        own, arriving, ctx.shards, out, lse = [], [], [], None, None
-        keep = codec is not None and codec.keep
-        arrived = [t.new_empty(ring.world_size, *t.shape, dtype=sum_dtype)
-                   for t in payload if keep and t.is_floating_point()]
+        weights, T = [t.detach() for t in tensors[n_payload + n_known:]], q.shape[1]
+        # last dimensions of the numbers that are rounded and get gradients; None: an integer's
+        sizes = [t.shape[-1] if t.is_floating_point() else None for t in payload]
+        keep, sum_dtype = codec is not None and codec.keep, kernels.accumulation_dtype(q.dtype)
+        arrived = []
+        if keep and codec.feeds_above:
+            arrived = [t.new_empty(ring.world_size, *t.shape, dtype=sum_dtype)
+                       for t, size in zip(payload, sizes) if size]
+        mine, arriving, ctx.shards, out, lse = [], [], [], None, None
         with torch.autocast(q.device.type, enabled=False):
             # 1. Our payload leaves, and theirs are under way to us (at once, if we keep them all).
             if codec:
                 wire = codec.pack([t.detach() for t in payload])
-                own, arriving = [(ring.rank, wire)], ring.circulate(wire, 'fwd', keep)
+                mine, arriving = [(ring.rank, wire)], ring.circulate(wire, 'fwd', keep)
             # 2. Meanwhile our queries attend to our own keys and values as they are,
-            if exact := visible(span, T, ring.rank, None):
-                out, lse = kernels.shard_forward(q, k, v, exact)
+            if calls := exact_calls(span, T):
+                out, lse = kernels.shard_forward(q, k, v, calls)
             # 3. and to those rebuilt from each payload, our own first.
-            for source, wire in chain(own, arriving):
+            for source, wire in chain(mine, arriving):
                 if source == ring.rank or keep:  # for backward
                     ctx.shards.append((source, wire))
                 shard = codec.unpack(wire, sizes, q.dtype)
-                for t, place in zip((t for t in shard if t.is_floating_point()), arrived):
+                for place, t in zip(arrived, (t for t, size in zip(shard, sizes) if size)):
                     place[source] = t
                 if calls := visible(span, T, ring.rank, source):
                     n = T // 2 if source < ring.rank else T  # no query here sees more
-                    keys_values = rebuild(first_tokens(shard, n, T),
-                                          first_tokens([t[source] for t in known], n, T),
-                                          weights, source, n)
-                    out, lse = kernels.shard_forward(q, *keys_values, calls, out, lse)
+                    keys, values = rebuild(
+                        first_tokens(shard, n, T),
+                        first_tokens([t[source].detach() for t in known], n, T), weights, source, n)
+                    out, lse = kernels.shard_forward(q, keys, values, calls, out, lse)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, *known, *weights)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors[n_payload:])
         ctx.args = ring, codec, rebuild, span, n_known, sizes
-        ctx.payload_dtypes = [t.dtype for t in payload]
         ctx.set_materialize_grads(False)  # None for what arrived, where nobody uses it
         return out, *arrived
 
@@ -196,38 +208,38 @@ class _Attend(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         known, weights = tensors[:n_known], tensors[n_known:]
         T, sum_dtype = q.shape[1], kernels.accumulation_dtype(q.dtype)
-        dtypes = [dtype for dtype in ctx.payload_dtypes if dtype.is_floating_point]
-        of_gradient = [n for n, dtype in zip(sizes, ctx.payload_dtypes) if dtype.is_floating_point]
-        darrived = darrived or [None] * len(dtypes)
-        dout, dq, dk, dv = dout.contiguous(), None, None, None
-        dpayload, dweights = [None] * len(dtypes), [None] * len(weights)
+        float_sizes = [size for size in sizes if size]
+        dpayload, dweights = [None] * len(float_sizes), [None] * len(weights)
         dknown = [torch.zeros_like(t) if t.requires_grad else None for t in known]
+        dq = dk = dv = None
+        dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         coming = deque()  # the shares of the gradient of our own payload, ours and other ranks'
 
         def add_next():
-            gradient = codec.unpack(coming.popleft()(), of_gradient, sum_dtype, gradient=True)
+            gradient = codec.unpack(coming.popleft()(), float_sizes, sum_dtype, gradient=True)
             return add_up(dpayload, gradient, sum_dtype)
         with torch.autocast(q.device.type, enabled=False):
             # 1. The payloads: those that were too large to keep travel a second time.
-            own, others = ctx.shards[:1], ctx.shards[1:]
+            mine, others = ctx.shards[:1], ctx.shards[1:]
             if codec and not codec.keep:
-                others = ring.circulate(own[0][1], 'bwd', False)
+                others = ring.circulate(mine[0][1], 'bwd', False)
             # 2. Meanwhile attention to our own keys and values as they are: dQ, dK, dV.
-            if exact := visible(span, T, ring.rank, None):
-                dq, dk, dv = kernels.shard_backward(dout, q, k, v, out, lse, exact)
+            if calls := exact_calls(span, T):
+                dq, dk, dv = kernels.shard_backward(dout, q, k, v, out, lse, calls)
             # Then shard by shard, all ranks in the same order of hops, so that exchanges meet. Our
             # own comes last: computing it hides the last gradient's way.
-            for source, wire in chain(others, own):
-                dshard = [None if t is None else t[source] for t in darrived]
-                if calls := visible(span, T, ring.rank, source):  # else our own, all of it exact
+            for source, wire in chain(others, mine):
+                shard = [t.detach().requires_grad_(t.is_floating_point())
+                         for t in codec.unpack(wire, sizes, q.dtype)]
+                floats = [t for t in shard if t.requires_grad]
+                dshard = [t if t is None else t[source] for t in darrived or [None] * len(floats)]
+                calls = visible(span, T, ring.rank, source)
+                if calls:  # none: it is our own, and all of it exact
                     # 3. Its K and V once more, now as a graph from its payload, what is known of
                     #    it, and the weights.
                     n = T // 2 if source < ring.rank else T
-                    shard = codec.unpack(wire, sizes, q.dtype)
-                    parts = shard, [t[source] for t in known], weights
-                    shard, of_source, copies = (
-                        [t.detach().requires_grad_(t.is_floating_point()) for t in part]
-                        for part in parts)
+                    of_source = [t[source].detach().requires_grad_(t.requires_grad) for t in known]
+                    copies = [t.detach().requires_grad_(t.requires_grad) for t in weights]
                     with torch.enable_grad():
                         keys, values = rebuild(first_tokens(shard, n, T),
                                                first_tokens(of_source, n, T), copies, source, n)
@@ -235,23 +247,24 @@ class _Attend(torch.autograd.Function):
                     dq, dkeys, dvalues = kernels.shard_backward(
                         dout, q, keys.detach(), values.detach(), out, lse, calls, dq)
                     # 5. From dK and dV through `rebuild` to the gradients of all it used.
-                    leaves = [t for t in (*shard, *of_source, *copies) if t.requires_grad]
-                    gradients = iter(torch.autograd.grad(
-                        (keys, values), leaves, (dkeys, dvalues), allow_unused=True))
-                    dshard = add_up(dshard, [next(gradients) for t in shard if t.requires_grad],
-                                    sum_dtype)
+                    used = [t for t in (*shard, *of_source, *copies) if t.requires_grad]
+                    if used:
+                        torch.autograd.backward((keys, values), (dkeys, dvalues), inputs=used)
+                    dshard = add_up(dshard, [t.grad for t in floats], sum_dtype)
+                    dweights = add_up(dweights, [t.grad for t in copies], sum_dtype)
                     for total, t in zip(dknown, of_source):
-                        gradient = next(gradients) if t.requires_grad else None
-                        if total is not None and gradient is not None:
-                            total[source] = gradient
-                    dweights = add_up(dweights, list(gradients), sum_dtype)
-                # 6. The payload's goes home, h ranks on, with what the layers above made of what
-                #    arrived; ours comes from h back (0: rounded too).
-                if any(t is not None for t in dshard):
-                    sent = codec.pack([t.to(dtype) for t, dtype in zip(dshard, dtypes)],
-                                      gradient=True)
-                    h = source - ring.rank
-                    coming.append(ring.exchange(sent, h, 'bwd') if h else lambda sent=sent: sent)
+                        if t.grad is not None:
+                            total[source] = t.grad
+                if not calls and not darrived:
+                    continue
+                # 6. The payload's goes to its owner, h ranks on, and our own payload's comes from
+                #    h ranks back. Our own share (h = 0) is rounded as well, like all others.
+                sent = codec.pack([torch.zeros_like(t) if gradient is None else gradient.to(t.dtype)
+                                   for t, gradient in zip(floats, dshard)], gradient=True)
+                if h := source - ring.rank:
+                    coming.append(ring.exchange(sent, h, 'bwd'))
+                else:
+                    coming.append(lambda sent=sent: sent)
                 if len(coming) > 1 and not codec.keep:  # large ones: hold one at a time
                     dpayload = add_next()
             # 7. Add up what comes home. (The others' gradients stay: each rank has its share.)
@@ -259,9 +272,7 @@ class _Attend(torch.autograd.Function):
                 dpayload = add_next()
         ctx.shards, dpayload = None, iter(dpayload)  # autograd may hold ctx for longer
         return (*6 * [None], dq.to(q.dtype), dk, dv,
-                *(next(dpayload) if dtype.is_floating_point else None
-                  for dtype in ctx.payload_dtypes),
-                *dknown, *dweights)
+                *(next(dpayload) if size else None for size in sizes), *dknown, *dweights)
 
 
 # -----------------------------------------------------------------------------
@@ -326,7 +337,7 @@ class Ring:
         waits for both and returns what was received. Both raise PeerError if a peer is gone.
         """
         if not tensors:  # a payload of nothing
-            return list
+            return lambda: []
         sent, link = [t.contiguous() for t in tensors], self.link
         n_bytes = sum(t.nbytes for t in sent)
         self.count(phase, n_bytes)
@@ -390,16 +401,16 @@ class Ring:
 
     def swap_over_world(self, pieces, name):
         """pieces (N, ...), one for each rank -> those that all ranks have for this one (N, ...)."""
-        received = torch.empty_like(pieces)
+        received, as_bytes = torch.empty_like(pieces), torch.uint8
         with waiting('all other ranks', name):
-            dist.all_to_all_single(received, pieces)
+            dist.all_to_all_single(received.view(as_bytes), pieces.view(as_bytes))
         return received
 
     def gather_over_world(self, piece, name):
         """piece (...) -> every rank's (N, ...)."""
         pieces = piece.new_empty(dist.get_world_size(), *piece.shape)
         with waiting('all other ranks', name):
-            dist.all_gather(list(pieces), piece)
+            dist.all_gather(list(pieces.view(torch.uint8)), piece.view(torch.uint8))
         return pieces
 
 
@@ -444,28 +455,14 @@ def average(tensors, ring, dtype='compute'):
             ring.reduce_over_world(part, name).div_(N)
         else:
             pieces = F.pad(part, (0, -len(part) % (N * SYNC_ROW))).view(N, -1, SYNC_ROW)
-            pieces = unpack(ring.swap_over_world(pack(pieces, dtype), name), dtype, part.dtype)
-            mean = pack(pieces.sum(dim=0) / N, dtype)
-            mean = unpack(ring.gather_over_world(mean, name), dtype, part.dtype)
-            part.copy_(mean.flatten()[:len(part)])
+            wire = ring.swap_over_world(kernels.encode(pieces, dtype, stochastic=True), name)
+            mean = kernels.decode(wire, dtype, SYNC_ROW, part.dtype).sum(dim=0) / N
+            wire = ring.gather_over_world(kernels.encode(mean, dtype, stochastic=True), name)
+            part.copy_(kernels.decode(wire, dtype, SYNC_ROW, part.dtype).flatten()[:len(part)])
         if link.dialled:  # its steps wait for each other
             link.receive(n_bytes, left=leaves.item() + (2 * N - 3) * link.latency)
     parts = flat.split([t.numel() for t in tensors])
     torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
-
-
-def pack(x, dtype):
-    """x (..., n) rounded to bf16, int8 or int4 -> bytes (..., m)"""
-    if dtype == 'bf16':
-        return x.to(torch.bfloat16).view(torch.uint8)
-    return kernels.quantize(x, int(dtype[3:]), stochastic=True)
-
-
-def unpack(wire, dtype, to):
-    """The inverse of `pack` for rows of SYNC_ROW numbers -> in dtype `to`."""
-    if dtype == 'bf16':
-        return wire.view(torch.bfloat16).to(to)
-    return kernels.dequantize(wire, int(dtype[3:]), SYNC_ROW, to)
 
 
 # -----------------------------------------------------------------------------
@@ -530,7 +527,7 @@ class Rehearsal(Ring):
 
 class Uncompressed:
     """The simplest codec: the payload is kv (B, T, 2, H, hd), keys with RoPE."""
-    keep = False
+    keep = feeds_above = False
     pack = staticmethod(lambda tensors, gradient=False: list(tensors))
     unpack = staticmethod(lambda wire, sizes, dtype, gradient=False: list(wire))
     rebuild = staticmethod(lambda payload, known, weights, source, n: payload[0].unbind(2))
