@@ -255,7 +255,7 @@ class _Attend(torch.autograd.Function):
                     for total, t in zip(dknown, of_source):
                         if t.grad is not None:
                             total[source] = t.grad
-                if not calls and not darrived:
+                if not floats or not (calls or darrived):  # nothing to send
                     continue
                 # 6. The payload's goes to its owner, h ranks on, and our own payload's comes from
                 #    h ranks back. Our own share (h = 0) is rounded as well, like all others.
