@@ -502,6 +502,9 @@ def run_checks(rank, world_size, store):
         dist.batch_isend_irecv = like_nccl
     for check in CHECKS:
         check(ring)
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize('world_size', (1, 2, 4))
