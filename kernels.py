@@ -38,9 +38,7 @@ def fused(f):
     """
     @functools.cache
     def compiled():
-        # a graph for each layer, for a shard and its half, with gradients and without
-        config = torch._dynamo.config
-        config.recompile_limit = config.accumulated_recompile_limit = 10_000
+        torch._dynamo.config.recompile_limit = 64  # several lengths, with grad and without
         return torch.compile(f, fullgraph=True, dynamic=False)
 
     @functools.wraps(f)
@@ -279,6 +277,7 @@ def rope_angles(positions, head_dim, base):
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=1).float()
 
 
+@fused
 def rope(x, angles):
     """
     Rotary position embedding (Su et al. 2021; entry i is paired with i + hd/2, as in LLaMA).

@@ -501,28 +501,15 @@ class Attention(nn.Module):
         return self.plain if self.sends == 'full' else self.codec
 
     @kernels.fused
-    def project(self, x, norm, angles, rank, tokens, words, below):
+    def project(self, x, norm, angles):
         """
-        x (B, T, n_embd) before its norm, angles (T, 2, hd) of its positions; tokens, words, below
-        as in `Full.know` -> q (B, T, H, hd) and k (B, T, Hkv, hd) with RoPE, v, and of the codec
-        the payload, what is known, and its weights.
+        x (B, T, n_embd) before its norm, angles (T, 2, hd) of its positions -> normed; q (B, T, H,
+        hd) and k (B, T, Hkv, hd) with RoPE; kv (B, T, 2, Hkv, hd), keys before it.
         """
-        x, codec = norm(x), self.active
+        x = norm(x)
         q = self.c_q(x).unflatten(-1, (-1, self.config.head_dim))
-        kv = self.c_kv(x).unflatten(-1, (2, -1, self.config.head_dim))  # (B, T, 2, Hkv, hd)
-        payload, known, weights = (), (), ()
-        if codec:
-            known = codec.know(tokens, words, below)
-            payload = codec.compress(x, kv, [t[rank] for t in known])
-            weights = codec.weights(self.c_kv.weight, norm.weight)
-        k, v = kv.unbind(2)
-        return kernels.rope(q, angles), kernels.rope(k, angles), v, payload, known, weights
-
-    @kernels.fused
-    def rebuild(self, payload, known, weights, angles):
-        """Of some rank's tokens, at these angles -> keys with RoPE and values (B, T, Hkv, hd)."""
-        k, v = self.active.expand(payload, known, weights).unbind(2)
-        return kernels.rope(k, angles), v
+        kv = self.c_kv(x).unflatten(-1, (2, -1, self.config.head_dim))
+        return x, kernels.rope(q, angles), kernels.rope(kv[:, :, 0], angles), kv
 
     def forward(self, x, norm, ring, where, tokens, words, below):
         """-> (B, T, n_embd) before c_proj, and a list of what arrived (`Full.feeds_above`)."""
@@ -532,14 +519,20 @@ class Attention(nn.Module):
             return kernels.rope_angles(where[rank, :n], c.head_dim, c.rope_base)
 
         def rebuild(payload, known, weights, source, n):
-            return self.rebuild(payload, known, weights, angles(source, n))
+            keys, values = codec.expand(payload, known, weights).unbind(2)
+            return kernels.rope(keys, angles(source, n)), values
+        x, q, k, kv = self.project(x, norm, angles(ring.rank, T))
+        payload = known = weights = ()
+        if codec:
+            known = codec.know(tokens, words, below)
+            payload = codec.compress(x, kv, [t[ring.rank] for t in known])
+            weights = codec.weights(self.c_kv.weight, norm.weight)
         span = c.chunk_size if c.exact_local or not codec else 0
         # what rebuilds keys and values as they were needs no second pass over a rank's own shard,
         # which in one piece is causal in its order
         if type(codec) is FirstLayer or type(codec) is Full and codec.wire_dtype == 'compute':
             span = T
-        projected = self.project(x, norm, angles(ring.rank, T), ring.rank, tokens, words, below)
-        y, *arrived = attend(ring, *projected, codec, rebuild, span)
+        y, *arrived = attend(ring, q, k, kv[:, :, 1], payload, known, weights, codec, rebuild, span)
         return y.flatten(2), arrived
 
 

@@ -595,7 +595,8 @@ def _benchmark(rank, P, store):
             kernels.compile_fused(compiling)
             codec = Uncompressed()
             out, = attend(ring, q, k, v, (kv,), (), (), codec, codec.rebuild, span=n_tokens)
-            return out.detach(), *torch.autograd.grad(out, (q, k, v, kv), dout)
+            gradients = torch.autograd.grad(out, (q, k, v, kv), dout, materialize_grads=True)
+            return out.detach(), *gradients
         whole = [x.transpose(1, 2).contiguous() for x in whole]  # (1, H, T, hd), as PyTorch likes
         expected, one = _theirs(*whole, n)
         out, dq, dk, dv, dkv = ours(cuda)
