@@ -978,7 +978,7 @@ def test_flags():
     assert train.METHODS['paper'].items() <= vars(c).items()
     assert train.model_config(c).paper_dims == (41, 102)  # 2 % and 5 % of 2048
     for argv, latent_dim, wire_dtype in (
-            ('', 36, 'int4'), ('--preset=124m', 128, 'int4'), ('--send=paper', 36, 'compute'),
+            ('', 36, 'int4'), ('--preset=124m', 16, 'int4'), ('--send=paper', 36, 'compute'),
             ('--method=paper', 9, 'compute'), ('--method=paper --latent_dim=5', 5, 'compute'),
             ('--send=full', 36, 'compute'), ('--send=full --wire_dtype=int8', 36, 'int8')):
         config = train.model_config(parse(argv))
