@@ -721,18 +721,17 @@ class GPT(nn.Module):
         """Parameters, without the input embedding by default: it costs no FLOPs."""
         return sum(p.numel() for p in self.parameters()) - non_embedding * self.wte.weight.numel()
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, codec_lr=1.0):
-        """
-        AdamW; weight matrices decay, norms and the codecs' own parameters do not.
-        codec_lr: the codecs' learning rate as a fraction of the others', kept as 'lr_scale'.
-        """
-        groups = [{'params': [], 'weight_decay': decay, 'lr_scale': scale,
-                   'lr': learning_rate * scale}
-                  for decay, scale in ((weight_decay, 1.0), (0.0, 1.0), (0.0, codec_lr))]
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW; weight matrices decay, norms and the codecs' own parameters (`codec`) do not."""
+        decay, no_decay, codec = [], [], []
         for name, p in self.named_parameters():
             if p.requires_grad:
-                groups[2 if 'codec' in name else int(p.dim() < 2)]['params'].append(p)
-        return torch.optim.AdamW(groups, betas=betas, fused=device_type == 'cuda')
+                group = codec if 'codec' in name else decay if p.dim() >= 2 else no_decay
+                group.append(p)
+        groups = [dict(params=decay, weight_decay=weight_decay, codec=False),
+                  dict(params=no_decay, weight_decay=0.0, codec=False),
+                  dict(params=codec, weight_decay=0.0, codec=True)]
+        return torch.optim.AdamW(groups, learning_rate, betas=betas, fused=device_type == 'cuda')
 
     def flops_per_token(self):
         """

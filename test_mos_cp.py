@@ -1229,7 +1229,7 @@ def test_dtype_and_optimizer_options(tmp_path, reference_run):
     for clip, learns in (('1e-12', False), ('0', True)):
         records = small_run(tmp_path, f'--grad_clip={clip}')['records']
         assert (records[11]['loss'] < records[0]['loss'] - 0.2) == learns, clip
-    argv = '--warm_start=0', '--max_iters=1', '--weight_decay=0'
+    argv = '--warm_start=0', '--warmup_iters=0', '--max_iters=1', '--weight_decay=0'
     runs = [small_run(tmp_path, *argv, f'--codec_lr={x}') for x in (0, 0.5)]
     still, moved = (run['model'].started[0].attn.codec.E for run in runs)
     step = (moved - still).abs().max().item() / runs[0]['records'][0]['lr']

@@ -71,7 +71,7 @@ class RunConfig:
     warmup_iters: int = 20  # iterations of linear warm-up
     lr_decay_iters: int = 0  # iteration at which the cosine decay ends; 0: max_iters
     min_lr: float = 2e-4  # learning rate at the end of the decay
-    codec_lr: float = 0.3  # learning rate of the codecs, as a fraction of the others'
+    codec_lr: float = 1.0  # learning rate of the codecs, as a fraction of the others'; it rises
     weight_decay: float = 0.1  # weight decay of the matrices
     beta1: float = 0.9  # AdamW's beta1
     beta2: float = 0.95  # AdamW's beta2
@@ -108,7 +108,7 @@ PRESETS = {
 METHODS = {
     'ours': {},
     'paper': dict(send='paper', n_generators=1, exact_local=False, compress_last=False,
-                  wire_dtype='compute', warm_send='full', codec_lr=1.0),
+                  wire_dtype='compute', warm_send='full'),
 }
 
 CHOICES = {**CHOICES, 'preset': tuple(PRESETS), 'method': tuple(METHODS),
@@ -608,7 +608,7 @@ def build(c, world, checkpoint):
     dtype = torch.float64 if world.dtype == torch.float64 else torch.float32
     model = GPT(model_config(c), world.ring).to(world.device, dtype)
     optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2),
-                                           world.device.type, c.codec_lr)
+                                           world.device.type)
     for group in optimizer.param_groups:  # from the start, as ranks may leave out different steps
         for p in group['params']:
             step = torch.zeros((), device=p.device if group['fused'] else 'cpu')
@@ -900,8 +900,10 @@ def train(c, model, optimizer, batches, world, log, at):
 
         # -- a step of AdamW; without a finite gradient none, and the data moves on
         lr = learning_rate(it, c)
+        # a codec starts well, and AdamW's first steps would spoil it: its rate rises once more
+        rise = min(1, max(0, it - c.warm_start + 1) / (c.warmup_iters + 1))
         for group in optimizer.param_groups:
-            group['lr'] = lr * group['lr_scale']
+            group['lr'] = lr * c.codec_lr * rise if group['codec'] else lr
         grad_norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf).item()
         if math.isfinite(grad_norm):
             optimizer.step()
