@@ -71,7 +71,7 @@ class RunConfig:
     warmup_iters: int = 20  # iterations of linear warm-up
     lr_decay_iters: int = 0  # iteration at which the cosine decay ends; 0: max_iters
     min_lr: float = 2e-4  # learning rate at the end of the decay
-    codec_lr: float = 1.0  # learning rate of the codecs, as a fraction of the others'; it rises
+    codec_lr: float = 1.0  # learning rate of the codecs over the others'; rises from their start on
     weight_decay: float = 0.1  # weight decay of the matrices
     beta1: float = 0.9  # AdamW's beta1
     beta2: float = 0.95  # AdamW's beta2
