@@ -113,8 +113,8 @@ def test_sums_over_blocks():
 @pytest.mark.parametrize('dtype', (torch.float64, torch.float32, torch.bfloat16))
 @pytest.mark.parametrize('bits', (8, 4))
 def test_quantize(bits, dtype):
-    """Nearest: at most half a step off. Stochastic: at most one, and right on average."""
-    x, levels, n = torch.randn(50, 7, generator=seeded(0)).to(dtype), 2 ** (bits - 1) - 1, 2000
+    """Nearest: at most half a step off. Stochastic: at most one, each for itself, unbiased."""
+    x, levels, n = torch.randn(50, 7, generator=seeded(0)).to(dtype), 2 ** (bits - 1) - 1, 1000
     x[0], x[1, 2] = 0, 1e4
     step = x.double().abs().amax(-1, keepdim=True) / levels * 1.02 + 1e-20
 
@@ -124,10 +124,10 @@ def test_quantize(bits, dtype):
         return kernels.dequantize(q, bits, 7, torch.float64) - x.double()
     assert (difference(False).abs() <= step / 2).all()
     torch.manual_seed(0)
-    found = [difference(True) for _ in range(n)]
-    assert all((f.abs() <= step).all() for f in found) and not torch.equal(found[0], found[1])
-    bias = sum(found) / n / step  # a step's standard deviation is at most 1/2
-    assert bias.abs().max() < 5 * 0.5 / n ** 0.5, bias.abs().max()
+    off = torch.stack([difference(True) / step for _ in range(n)])
+    assert off.abs().max() <= 1
+    assert off.mean(0).abs().max() < 5 * 0.5 / n ** 0.5  # a standard deviation is at most 1/2
+    assert 0.7 < off.sum((1, 2)).var() / off.var(0).sum() < 1.3  # independent
 
 
 def test_fused(monkeypatch):
@@ -155,21 +155,22 @@ def test_rope():
     pairs = torch.complex(q[..., :4], q[..., 4:]) * turn
     rotated = kernels.rope(q, kernels.rope_angles(where, 8, base=10.0))
     assert_close(rotated, torch.cat((pairs.real, pairs.imag), -1), 'rotation', 1e-6)
-    assert (GPT(GPTConfig())(IDX)[0] - GPT(GPTConfig(rope_base=10.0))(IDX)[0]).abs().max() > 1e-3
+    assert relative_error(small_model(rope_base=10.0)(IDX)[0], small_model()(IDX)[0]) > 1e-3
 
 
 # -----------------------------------------------------------------------------
 # ring.py: the layout, the simulated link, and whose fault it is
 
-def test_few_kernels():
-    assert len(visible(1, 16, 0, 0)) == 4  # 8, 4, 2, 1 chunks at a time
-
-
-def test_positions():
-    """Each rank has as much of the front as of the back; together they have all."""
+def test_layout():
+    """Each rank has as much of the front as of the back; together they have all. Few kernels."""
     assert positions(16, 4).tolist() == [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11],
                                          [6, 7, 8, 9]]
     assert positions(5, 1).tolist() == [[0, 1, 2, 3, 4]]
+    assert len(visible(1, 16, 0, 0)) == 4  # 8, 4, 2, 1 chunks at a time
+    with patch.object(kernels, 'attention_forward', side_effect=kernels.attention_forward) as call:
+        for options in (dict(n_layer=1), dict(n_layer=1, send='full')):  # all of it is exact
+            small_model(**options)(IDX)
+    assert call.call_count == 2
 
 
 def test_sums_over_shards_are_in_float32():
@@ -221,10 +222,8 @@ def test_link():
 
 def test_only_a_lost_peer_is_a_peer_error():
     """What is wrong on this rank keeps its own name."""
-    for error in (torch.OutOfMemoryError('CUDA'), RuntimeError('shape'), ValueError('x')):
-        with pytest.raises(type(error)) as raised, waiting('rank 1', 'the exchange'):
-            raise error
-        assert raised.value is error
+    with pytest.raises(RuntimeError, match='^shape$'), waiting('rank 1', 'the exchange'):
+        raise RuntimeError('shape')
 
 
 # -----------------------------------------------------------------------------
@@ -322,9 +321,12 @@ def assert_same_steps(found, expected, tolerance=1e-8, of='a model'):
 # ring.py and mos_cp.py on every rank of a ring: each check raises if something is off
 
 def check_model_equals_dense_model(ring):
-    for options in OPTIONS:
+    """And a first layer with a guess, where nothing is sent, one that sends all."""
+    for options in OPTIONS if ring.world_size < 4 else OPTIONS[::4]:
         assert_same_steps(train_steps(small_model(ring, **options), 3),
                           train_steps(small_model(**options), 3, dense_attend), of=options)
+    assert_same_steps(train_steps(small_model(ring, n_layer=1), 2),
+                      train_steps(small_model(n_layer=1, send='full'), 2, dense_attend))
 
 
 def check_low_precision(ring):
@@ -439,14 +441,17 @@ def check_codecs_start_alike_on_every_rank(ring):
     for options in (dict(n_layer=4), dict(guess_dim=0, n_generators=0), dict(guess_below=False),
                     PAPER):
         model, alone = (small_model(r, **options) for r in (ring, None))
-        before = copy.deepcopy(alone)
+        before, inputs = copy.deepcopy(alone), []
+        model.h[-1].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
+        model.set_send('local')
         model.start_codecs(batches)
+        model(batches[-1])
+        assert torch.equal(*inputs[-2:])  # from what the layers below, started, send
         alone.start_codecs([torch.cat(batches)])
         for (name, p), q, old in zip(model.named_parameters(), alone.parameters(),
                                      before.parameters()):
             assert_close(p, q, f'{name} of {options}', 1e-6)
             assert 'codec' in name or torch.equal(q, old), name
-        assert model.sends == 'codec'
 
 
 def check_average(ring):
@@ -512,7 +517,8 @@ def test_on_every_rank(world_size, tmp_path):
     if world_size == 1:
         run_checks(0, 1, None)
     else:
-        mp.spawn(run_checks, (world_size, tmp_path / 'store'), nprocs=world_size)
+        mp.start_processes(run_checks, (world_size, tmp_path / 'store'), world_size,
+                           start_method='forkserver')
 
 
 def run_on_gpu(rank, world_size, store):
@@ -595,7 +601,7 @@ def test_rotation(k):
 def test_formulas():
     """know, compress and expand are what the docstring says, token by token, and so autograd."""
     g = seeded(0)
-    codec = codec_of(mos_cp.Mixture, layer=3, n_generators=3, guess_dim=4)
+    codec = codec_of(Mine, layer=3, n_generators=3, guess_dim=2)
     W = double(32, 16, generator=g)
     with torch.no_grad():
         for p in codec.parameters():
@@ -608,9 +614,9 @@ def test_formulas():
 
     def written_out(x, tokens, z_1, z_2):
         looked_up = sum(words[token] @ W_e for W_e, token in zip(codec.W_e, tokens))
-        y = torch.cat((looked_up[:4], z_1, z_2))
+        y = torch.cat((looked_up[:2], z_1, z_2))
         guess = codec.A @ y + codec.b
-        theta = 0.2 * torch.tanh(looked_up[4:])
+        theta = 0.5 * torch.tanh(looked_up[2:])
         E, D = (M[:, 0] + sum(theta[l] * M[:, 1 + l] for l in range(3)) for M in (codec.E, codec.D))
         z = E.T @ (x - guess)
         return z, W @ (guess + D @ z)
@@ -619,7 +625,9 @@ def test_formulas():
         leaf.requires_grad_()
     known = [t[0] for t in codec.know(tokens, words, [z_1, z_2])]
     payload = codec.compress(x, None, known)
-    results = *payload, codec.expand(payload, known, codec.weights(W, None)).flatten(2)
+    weights = codec.weights(W, None)
+    assert weights[0].shape == (32, 48)  # 2 + 14 + 4 * 7 = 44, for fast matrix products
+    results = *payload, codec.expand(payload, known, weights).flatten(2)
     rows = [written_out(*row) for row in zip(x[0], tokens[0, 0], z_1[0, 0], z_2[0, 0])]
     expected = [torch.stack(each)[None] for each in zip(*rows)]
     upstream = [double(*each.shape, generator=g) for each in expected]
@@ -671,7 +679,7 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
     forms = [(0, False), (8, False), (99, False), (99, True)]
     errors, mixed = ([left(guess_dim=m, guess_below=below, n_generators=k) for m, below in forms]
                      for k in (0, 4))
-    assert errors[0] > 1.3 * errors[1] > 1.4 * errors[2] > 15 * errors[3], errors
+    assert errors[0] > 1.3 * errors[1] > 1.4 * errors[2] > 15 * errors[3] > 0.07, errors  # ridge
     assert mixed == pytest.approx(errors, rel=1e-9)
 
 
@@ -694,10 +702,9 @@ def test_bottleneck():
 
 def test_codecs_of_a_model():
     """No two layers or seeds share a codec's weights; the last layer may send all, as it is."""
-    models = (small_model(seed=seed, **PAPER) for seed in (0, 1))
-    Us = [U for m in models for block in m.started for U in block.attn.codec.U]
-    assert all(a.shape != b.shape or not torch.equal(a[:, j], b[:, j])
-               for a, b in itertools.combinations(Us, 2) for j in (0, 1))
+    codecs = [b.attn.codec for seed in (0, 1) for b in small_model(seed=seed, **PAPER).h]
+    turned = [codec.rotated(torch.eye(16)) for codec in codecs]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(turned, 2))
     model = small_model(compress_last=False, wire_dtype='int4')
     assert [(type(c), c.wire_dtype, c.grad_wire_dtype) for c in (b.attn.active for b in model.h)
             ] == [(mos_cp.FirstLayer, 'int4', 'int4'), (mos_cp.Mixture, 'int4', 'int4'),
@@ -742,16 +749,11 @@ def test_int4_has_a_scale_for_each_head():
 
 def test_what_loses_nothing():
     """
-    Nothing is compressed in a single chunk, unless exact_local is off; once unplugged; and in the
-    first layer, with a guess, where nothing is sent either. And a codec of all 32 directions of
-    keys and values, started from these tokens, rebuilds them.
+    Nothing is compressed in a single chunk, unless exact_local is off, and once unplugged. And a
+    codec of all 32 directions of keys and values, started from these tokens, rebuilds them.
     """
     plain, local = (small_model(send=send) for send in ('full', 'local'))
-    expected, first = plain(IDX)[0], dict(n_layer=1, wire_dtype='int4')
-    for options in (first, dict(first, exact_local=False)):
-        assert_same_steps(train_steps(small_model(**options), 2),
-                          train_steps(small_model(n_layer=1, send='full'), 2))
-    lossy = dict(), dict(send='full', wire_dtype='int4')
+    expected, lossy = plain(IDX)[0], (dict(), dict(send='full', wire_dtype='int4'))
     for options in lossy:
         chunk = (small_model(**options, n_chunks=1, exact_local=x)(IDX)[0] for x in (True, False))
         assert_close(next(chunk), expected, 'logits')
@@ -833,8 +835,9 @@ def test_any_length_and_generate():
 
 @pytest.mark.parametrize('options', (dict(), PAPER), ids=str)
 def test_decay_and_flops(options):
-    """Only matrices decay. The FLOPs of 6 a parameter and of what attention sees."""
+    """Only matrices decay. The FLOPs of 6 a parameter and of what attention sees. LLaMA's eps."""
     model = small_model(**options)
+    assert {m.eps for m in model.modules() if isinstance(m, mos_cp.Norm)} == {1e-5}
     groups = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu').param_groups
     decay = {id(p): g['weight_decay'] for g in groups for p in g['params']}
     for name, p in model.named_parameters():
