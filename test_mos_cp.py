@@ -113,9 +113,9 @@ def test_sums_over_blocks():
 @pytest.mark.parametrize('dtype', (torch.float64, torch.float32, torch.bfloat16))
 @pytest.mark.parametrize('bits', (8, 4))
 def test_quantize(bits, dtype):
-    """Nearest: at most half a step off. Stochastic: at most one, and right on average."""
-    x, levels, n = torch.randn(50, 7, generator=seeded(0)).to(dtype), 2 ** (bits - 1) - 1, 2000
-    x[0], x[1, 2] = 0, 1e4
+    """Nearest: at most half a step off. Stochastic: at most one, each for itself, unbiased."""
+    x, levels, n = torch.randn(50, 7, generator=seeded(0)).to(dtype), 2 ** (bits - 1) - 1, 1000
+    x[0], x[1, 2], x[2] = 0, 1e4, 1e-9 * x[2]
     step = x.double().abs().amax(-1, keepdim=True) / levels * 1.02 + 1e-20
 
     def difference(stochastic):
@@ -124,27 +124,21 @@ def test_quantize(bits, dtype):
         return kernels.dequantize(q, bits, 7, torch.float64) - x.double()
     assert (difference(False).abs() <= step / 2).all()
     torch.manual_seed(0)
-    found = [difference(True) for _ in range(n)]
-    assert all((f.abs() <= step).all() for f in found) and not torch.equal(found[0], found[1])
-    bias = sum(found) / n / step  # a step's standard deviation is at most 1/2
-    assert bias.abs().max() < 5 * 0.5 / n ** 0.5, bias.abs().max()
+    off = torch.stack([difference(True) / step for _ in range(n)])
+    assert off.abs().max() <= 1
+    assert off.mean(0).abs().max() < 5 * 0.5 / n ** 0.5  # a standard deviation is at most 1/2
+    assert 0.7 < off.sum((1, 2)).var() / off.var(0).sum() < 1.3  # independent
 
 
-def test_fused(monkeypatch):
+def test_fused():
     """Compiled while `compile_fused` is on, once for all calls."""
-    compiled = []
-
-    def compile(f, **options):
-        compiled.append(f)
-        return lambda x: -f(x)
-    monkeypatch.setattr(torch, 'compile', compile)
-    twice = kernels.fused(lambda x: 2 * x)
-    results = []
-    for on in (True, False, True):
-        kernels.compile_fused(on)
-        results.append(twice(3))
+    twice, results = kernels.fused(lambda x: 2 * x), []
+    with patch.object(torch, 'compile', return_value=lambda x: -2 * x) as compile:
+        for on in (True, False, True):
+            kernels.compile_fused(on)
+            results.append(twice(3))
     kernels.compile_fused(False)
-    assert results == [-6, 6, -6] and len(compiled) == 1
+    assert results == [-6, 6, -6] and compile.call_count == 1
 
 
 def test_rope():
@@ -153,23 +147,25 @@ def test_rope():
     where = torch.randperm(100_000)[:20]
     turn = torch.exp(1j * torch.outer(where.double(), frequency)).unsqueeze(1)
     pairs = torch.complex(q[..., :4], q[..., 4:]) * turn
-    rotated = kernels.rope(q, kernels.rope_angles(where, 8, base=10.0))
-    assert_close(rotated, torch.cat((pairs.real, pairs.imag), -1), 'rotation', 1e-6)
-    assert (GPT(GPTConfig())(IDX)[0] - GPT(GPTConfig(rope_base=10.0))(IDX)[0]).abs().max() > 1e-3
+    angles, low = kernels.rope_angles(where, 8, base=10.0), q.bfloat16()
+    assert_close(kernels.rope(q, angles), torch.cat((pairs.real, pairs.imag), -1), 'rotation', 1e-6)
+    assert torch.equal(kernels.rope(low, angles), kernels.rope(low.float(), angles).bfloat16())
+    assert relative_error(small_model(rope_base=10.0)(IDX)[0], small_model()(IDX)[0]) > 1e-3
 
 
 # -----------------------------------------------------------------------------
 # ring.py: the layout, the simulated link, and whose fault it is
 
-def test_few_kernels():
-    assert len(visible(1, 16, 0, 0)) == 4  # 8, 4, 2, 1 chunks at a time
-
-
-def test_positions():
-    """Each rank has as much of the front as of the back; together they have all."""
+def test_layout():
+    """Each rank has as much of the front as of the back; together they have all. Few kernels."""
     assert positions(16, 4).tolist() == [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11],
                                          [6, 7, 8, 9]]
     assert positions(5, 1).tolist() == [[0, 1, 2, 3, 4]]
+    assert len(visible(1, 16, 0, 0)) == 4  # 8, 4, 2, 1 chunks at a time
+    with patch.object(kernels, 'attention_forward', side_effect=kernels.attention_forward) as call:
+        for options in (dict(n_layer=1), dict(n_layer=1, send='full')):  # all of it is exact
+            small_model(**options)(IDX)
+    assert call.call_count == 2
 
 
 def test_sums_over_shards_are_in_float32():
@@ -185,8 +181,9 @@ def test_sums_over_shards_are_in_float32():
         def rebuild(payload, known, weights, source, n):
             keys = (payload[0] @ weights[0]).unsqueeze(2)
             return keys * (1 + source / 64), keys
-        out, _ = attend(ring, *(t.to(dtype) for t in (q, k, v)), leaves[:1], (), leaves[1:], codec,
-                        rebuild, 1)
+        out, arrived = attend(ring, *(t.to(dtype) for t in (q, k, v)), leaves[:1], (), leaves[1:],
+                              codec, rebuild, 1)
+        assert arrived.dtype == kernels.accumulation_dtype(dtype)  # of its gradients' sum
         return torch.autograd.grad(out, leaves, dout.to(dtype))
     for name, a, b in zip(('z', 'weight'), gradients(torch.bfloat16), gradients(torch.float64)):
         assert_close(a.double(), b, f'gradient of {name}', 0.01)
@@ -221,10 +218,8 @@ def test_link():
 
 def test_only_a_lost_peer_is_a_peer_error():
     """What is wrong on this rank keeps its own name."""
-    for error in (torch.OutOfMemoryError('CUDA'), RuntimeError('shape'), ValueError('x')):
-        with pytest.raises(type(error)) as raised, waiting('rank 1', 'the exchange'):
-            raise error
-        assert raised.value is error
+    with pytest.raises(RuntimeError, match='^shape$'), waiting('rank 1', 'the exchange'):
+        raise RuntimeError('shape')
 
 
 # -----------------------------------------------------------------------------
@@ -252,16 +247,16 @@ class Mine(mos_cp.Mixture):
 
 mos_cp.CODECS.update(first=First, mine=Mine)
 EXACT = dict(grad_wire_dtype='compute')  # a gradient that travels is not rounded at random
-NOTHING_KNOWN = dict(n_generators=0, guess_dim=0, guess_below=False)  # one learned subspace
 PAPER = dict(send='paper', n_generators=1, exact_local=False, wire_dtype='compute')
 OPTIONS = [
     dict(send='first', wire_dtype='int8', **EXACT), dict(send='first'), dict(send='mine'),
     dict(send='full', wire_dtype='int4', **EXACT),
     dict(send='full'), dict(send='local'),
     dict(send='full', wire_dtype='int8', exact_local=False, n_head=4, n_kv_head=2, **EXACT),
-    dict(), dict(n_layer=4, compress_last=False), dict(exact_local=False), NOTHING_KNOWN,
-    dict(guess_below=False), dict(guess_dim=0, n_generators=0), dict(guess_dim=0, n_generators=2),
-    dict(recompute=True, n_generators=0), dict(n_layer=4, wire_dtype='int4', **EXACT),
+    dict(), dict(n_layer=4, compress_last=False), dict(guess_dim=0, exact_local=False),
+    dict(guess_dim=0, n_generators=0), dict(guess_dim=0, n_generators=0, guess_below=False),
+    dict(n_layer=4, wire_dtype='int4', **EXACT),
+    dict(recompute=True, n_generators=0, guess_below=False),
     dict(guess_tokens=3, wire_dtype='bf16', **EXACT),
     dict(keep=False, guess_below=False, n_head=4, n_kv_head=2),
     dict(keep=False, guess_below=False, n_kv_head=3, block_size=48, n_chunks=24),
@@ -311,50 +306,55 @@ def train_steps(model, n_steps, attend=attend):
     return torch.stack(losses), {name: p.grad for name, p in params.items()}
 
 
-def assert_same_steps(found, expected, tolerance=1e-8, of='a model'):
-    assert_close(found[0].double(), expected[0], f'losses of {of}', tolerance / 100)
+def assert_same_steps(steps, expected, tolerance=1e-8, of='a model'):
+    assert_close(steps[0].double(), expected[0], f'losses of {of}', tolerance / 100)
     for name, gradient in expected[1].items():
         assert gradient.norm() > 0 or not gradient.numel(), f'gradient of {name} of {of} is zero'
-        assert_close(found[1][name].double(), gradient, f'gradient of {name} of {of}', tolerance)
+        assert_close(steps[1][name].double(), gradient, f'gradient of {name} of {of}', tolerance)
+
+
+def test_one_shard_is_ahead_without_keep():
+    """With keep all exchanges are posted at once; without, one is under way, each way."""
+    ring, log = Rehearsal(4), []
+
+    def exchange(*args):
+        wait = Ring.exchange(ring, *args)
+
+        def noting_wait():
+            log.append('W')
+            return wait()
+        log.append('P')
+        return noting_wait
+    for keep, order in ((True, 'PPPWWW' + 'PPPWWW'), (False, 'PPWPWW' + 'PPWPPWPWWPWW')):
+        with patch.object(ring, 'exchange', exchange):
+            small_model(ring, keep=keep, n_layer=1, **PAPER)(IDX, IDX)[1].backward()
+        assert ''.join(log) == order
+        log.clear()
 
 
 # -----------------------------------------------------------------------------
 # ring.py and mos_cp.py on every rank of a ring: each check raises if something is off
 
 def check_model_equals_dense_model(ring):
-    for options in OPTIONS:
+    """And a first layer with a guess, where nothing is sent, one that sends all."""
+    for options in OPTIONS if ring.world_size < 4 else OPTIONS[::3]:
         assert_same_steps(train_steps(small_model(ring, **options), 3),
                           train_steps(small_model(**options), 3, dense_attend), of=options)
+    assert_same_steps(train_steps(small_model(ring, n_layer=1), 2),
+                      train_steps(small_model(n_layer=1, send='full'), 2, dense_attend))
 
 
 def check_low_precision(ring):
-    """Shards are merged in float32."""
-    with patch.object(kernels, 'merge', side_effect=kernels.merge) as merge:
+    """Shards are merged, and gradients from other ranks unpacked, in float32."""
+    with (patch.object(kernels, 'merge', side_effect=kernels.merge) as merge,
+          patch.object(kernels, 'decode', side_effect=kernels.decode) as decode):
         for dtype, tolerance in ((torch.float32, 5e-5), (torch.bfloat16, 0.1)):
             for options in (dict(), dict(exact_local=False)):
-                found = train_steps(small_model(ring, **options).to(dtype), 1)
-                expected = train_steps(small_model(**options).to(dtype).double(), 1, dense_attend)
-                assert_same_steps(found, expected, tolerance, dtype)
+                high = train_steps(small_model(**options).to(dtype).double(), 1, dense_attend)
+                low = train_steps(small_model(ring, **options).to(dtype), 1)
+                assert_same_steps(low, high, tolerance, dtype)
     assert {call.args[0].dtype for call in merge.call_args_list} == {torch.float32}
-
-
-def check_one_shard_is_ahead_without_keep(ring):
-    """Every rank's tensors arrive once; all exchanges are posted, or one before each wait."""
-    P, exchange, log = ring.world_size, ring.exchange, []
-    assert copy.deepcopy(ring) is ring  # with a model: a process group cannot be copied
-
-    def noting(*args):
-        wait = exchange(*args)
-        log.append('post')
-        return lambda: (log.append('wait'), wait())[1]
-    for at_once, n in ((False, min(1, P - 1)), (True, P - 1)):
-        log.clear()
-        with patch.object(ring, 'exchange', noting):
-            arrivals = ring.circulate([torch.full((3,), float(ring.rank))], 'fwd', at_once)
-            assert log == n * ['post']  # before anything is asked for
-            sources = [source for source, (t,) in arrivals if (t == source).all()]
-        assert sources == [(ring.rank - hop) % P for hop in range(1, P)]
-        assert log == n * ['post'] + (P - 1 - n) * ['post', 'wait'] + n * ['wait']
+    assert decode.call_args.args[3] == torch.float32
 
 
 def check_dialled_link_delays_exchanges(ring):
@@ -381,21 +381,21 @@ def check_dialled_link_delays_exchanges(ring):
 def check_meter_equals_formula(ring):
     """
     Bytes and exchanges, counted where tensors are handed over, against the formula: of a layer and
-    hop, of float64 if nothing is said, fwd and bwd. What the layers below have sent costs none.
+    hop, fwd and bwd. What the layers below have sent costs none.
     """
     B, T, hops = 2, 32 // ring.world_size, ring.world_size - 1
     d, c = 16, 8 // ring.world_size  # one key head of 16, chunks a rank
     kinds = {
-        'full': (dict(send='full', n_layer=2), 2 * d * T * 8, 4 * d * T * 8),
         'local': (dict(send='local'), 0, 0),
-        'int4': (dict(send='full', n_layer=2, wire_dtype='int4', grad_wire_dtype='int8'),
-                 2 * (d // 2 + 2) * T, 2 * (d // 2 + 2) * T + 2 * (d + 2) * T),
+        # a scale for each of three key heads
+        'full': (dict(send='full', n_layer=2, n_kv_head=3, wire_dtype='int4',
+                      grad_wire_dtype='int8'),
+                 6 * (d // 2 + 2) * T, 6 * (d // 2 + 2 + d + 2) * T),
         'first': (dict(send='first', n_layer=2, wire_dtype='int4'),
                   (1 + 2 * 4 + 3) * T, (2 * 4 + 3) * T),
         # in two of three layers: the first one's keys and values are known
-        'mixture': (dict(), 7 * T * 8, 7 * T * 8),
-        'mixture, int4': (dict(wire_dtype='int4', grad_wire_dtype='bf16'), (4 + 2) * T, 7 * 2 * T),
-        'nothing below': (dict(guess_below=False), 7 * T * 8, 7 * T * 8),
+        'mixture': (dict(wire_dtype='int4', grad_wire_dtype='bf16'), (4 + 2) * T, 7 * 2 * T),
+        'float64': (dict(guess_below=False), 7 * T * 8, 7 * T * 8),
         # 2 + 5 numbers of 4 bits, two theta of a chunk, each with a scale
         'paper': (dict(PAPER, n_layer=2, wire_dtype='int4'),
                   *((1 + 2 + 3 + 2) * T + 2 * (1 + 2) * c,) * 2)}
@@ -412,7 +412,7 @@ def check_meter_equals_formula(ring):
             2 * B * hops * fwd, 2 * B * hops * bwd), (kind, meter)
         assert step(Rehearsal(ring.world_size), options) == meter, kind  # by this process alone
         n = 2 * hops if fwd else 0  # exchanges: one a layer and hop
-        twice = 1 + (kind in ('full', 'int4'))  # keys and values, once more
+        twice = 1 + (kind == 'full')  # keys and values, once more
         assert (meter['exchanges_fwd'], meter['exchanges_bwd']) == (n, twice * n), (kind, meter)
 
 
@@ -422,33 +422,39 @@ def check_quantised_gradients_are_unbiased(ring):
         loss = model(*random_tokens(seeded(5)))[1]
         weights = [p for name, p in model.named_parameters() if 'c_kv' in name]
         return loss, torch.cat([t.flatten() for t in torch.autograd.grad(loss, weights)])
-    for dtype, n in (('int8', 40), ('int4', 60)) if ring.world_size == 2 else ():
+    if n := {1: 40, 2: 60}.get(ring.world_size):
+        dtype = 'int8' if ring.world_size == 1 else 'int4'
         exact, rounded = (small_model(ring, grad_wire_dtype=d) for d in ('same', dtype))
         torch.manual_seed(ring.rank)
-        (loss, expected), found = gradients(exact), [gradients(rounded) for _ in range(n)]
-        assert all(l == loss for l, _ in found)
-        one = sum(relative_error(f, expected) for _, f in found) / n
-        mean = relative_error(sum(f for _, f in found) / n, expected)
-        assert 1e-5 < one < 0.5 and mean < 2.5 * one / n ** 0.5, (dtype, one, mean)
+        (loss, expected), several = gradients(exact), [gradients(rounded) for _ in range(n)]
+        assert all(each == loss for each, _ in several)
+        one = sum(relative_error(gradient, expected) for _, gradient in several) / n
+        mean = relative_error(sum(gradient for _, gradient in several) / n, expected)
+        assert 1e-5 < one < 0.5 and mean < 2.5 * one / n ** 0.5, (one, mean)
 
 
 def check_codecs_start_alike_on_every_rank(ring):
     """From all ranks' inputs and all batches: as one process starts them from one large batch."""
     g = seeded(1)
     batches = [torch.randint(50, (2, 32), generator=g) for _ in range(2)]
-    for options in (dict(n_layer=4), dict(guess_dim=0, n_generators=0), dict(guess_below=False),
-                    PAPER):
+    for n_below, options in ((2, dict(n_layer=4)), (2, dict(guess_dim=0, n_generators=0)),
+                             (0, dict(guess_below=False)), (0, PAPER)):
         model, alone = (small_model(r, **options) for r in (ring, None))
-        before = copy.deepcopy(alone)
+        before, inputs = copy.deepcopy(model), []
+        model.h[-1].register_forward_pre_hook(lambda block, args: inputs.append(args))
+        model.set_send('local')
         model.start_codecs(batches)
+        model(batches[-1])
+        (x, *_), (new_x, *_, below) = inputs[-2:]
+        assert torch.equal(x, new_x) and len(below) == n_below  # sent by layers that have started
         alone.start_codecs([torch.cat(batches)])
         for (name, p), q, old in zip(model.named_parameters(), alone.parameters(),
                                      before.parameters()):
             assert_close(p, q, f'{name} of {options}', 1e-6)
             assert 'codec' in name or torch.equal(q, old), name
-        assert model.sends == 'codec'
 
 
+@patch('ring.SYNC_PART', 512)
 def check_average(ring):
     """Of rank r's numbers: right; rounded: unbiased, equal on all ranks, and counted."""
     N, n, rank = ring.world_size, 1000, ring.rank
@@ -478,8 +484,8 @@ def check_evaluation_is_that_of_forward(ring):
     logits, loss = small_model()(idx, targets)
     right = ring.shard(logits.argmax(-1) == targets, 4)
     for recompute in (False, True):
-        losses, found = small_model(ring, recompute=recompute).evaluate(idx, targets)
-        assert torch.equal(found, right) and (losses[ring.shard(targets, 4) == -1] == 0).all()
+        losses, answers = small_model(ring, recompute=recompute).evaluate(idx, targets)
+        assert torch.equal(answers, right) and (losses[ring.shard(targets, 4) == -1] == 0).all()
         total = ring.reduce_over_world(losses.sum(), 'losses')
         assert_close(total / (targets != -1).sum(), loss, 'loss')
 
@@ -512,7 +518,8 @@ def test_on_every_rank(world_size, tmp_path):
     if world_size == 1:
         run_checks(0, 1, None)
     else:
-        mp.spawn(run_checks, (world_size, tmp_path / 'store'), nprocs=world_size)
+        mp.start_processes(run_checks, (world_size, tmp_path / 'store'), world_size,
+                           start_method='forkserver')
 
 
 def run_on_gpu(rank, world_size, store):
@@ -595,7 +602,7 @@ def test_rotation(k):
 def test_formulas():
     """know, compress and expand are what the docstring says, token by token, and so autograd."""
     g = seeded(0)
-    codec = codec_of(mos_cp.Mixture, layer=3, n_generators=3, guess_dim=4)
+    codec = codec_of(Mine, layer=3, n_generators=3, guess_dim=2)
     W = double(32, 16, generator=g)
     with torch.no_grad():
         for p in codec.parameters():
@@ -608,9 +615,9 @@ def test_formulas():
 
     def written_out(x, tokens, z_1, z_2):
         looked_up = sum(words[token] @ W_e for W_e, token in zip(codec.W_e, tokens))
-        y = torch.cat((looked_up[:4], z_1, z_2))
+        y = torch.cat((looked_up[:2], z_1, z_2))
         guess = codec.A @ y + codec.b
-        theta = 0.2 * torch.tanh(looked_up[4:])
+        theta = 0.5 * torch.tanh(looked_up[2:])
         E, D = (M[:, 0] + sum(theta[l] * M[:, 1 + l] for l in range(3)) for M in (codec.E, codec.D))
         z = E.T @ (x - guess)
         return z, W @ (guess + D @ z)
@@ -619,7 +626,9 @@ def test_formulas():
         leaf.requires_grad_()
     known = [t[0] for t in codec.know(tokens, words, [z_1, z_2])]
     payload = codec.compress(x, None, known)
-    results = *payload, codec.expand(payload, known, codec.weights(W, None)).flatten(2)
+    weights = codec.weights(W, None)
+    assert weights[0].shape == (32, 48)  # 2 + 14 + 4 * 7 = 44, for fast matrix products
+    results = *payload, codec.expand(payload, known, weights).flatten(2)
     rows = [written_out(*row) for row in zip(x[0], tokens[0, 0], z_1[0, 0], z_2[0, 0])]
     expected = [torch.stack(each)[None] for each in zip(*rows)]
     upstream = [double(*each.shape, generator=g) for each in expected]
@@ -671,7 +680,7 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
     forms = [(0, False), (8, False), (99, False), (99, True)]
     errors, mixed = ([left(guess_dim=m, guess_below=below, n_generators=k) for m, below in forms]
                      for k in (0, 4))
-    assert errors[0] > 1.3 * errors[1] > 1.4 * errors[2] > 15 * errors[3], errors
+    assert errors[0] > 1.3 * errors[1] > 1.4 * errors[2] > 15 * errors[3] > 0.07, errors  # ridge
     assert mixed == pytest.approx(errors, rel=1e-9)
 
 
@@ -694,10 +703,9 @@ def test_bottleneck():
 
 def test_codecs_of_a_model():
     """No two layers or seeds share a codec's weights; the last layer may send all, as it is."""
-    models = (small_model(seed=seed, **PAPER) for seed in (0, 1))
-    Us = [U for m in models for block in m.started for U in block.attn.codec.U]
-    assert all(a.shape != b.shape or not torch.equal(a[:, j], b[:, j])
-               for a, b in itertools.combinations(Us, 2) for j in (0, 1))
+    codecs = [b.attn.codec for seed in (0, 1) for b in small_model(seed=seed, **PAPER).h]
+    turned = [codec.rotated(torch.eye(16)) for codec in codecs]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(turned, 2))
     model = small_model(compress_last=False, wire_dtype='int4')
     assert [(type(c), c.wire_dtype, c.grad_wire_dtype) for c in (b.attn.active for b in model.h)
             ] == [(mos_cp.FirstLayer, 'int4', 'int4'), (mos_cp.Mixture, 'int4', 'int4'),
@@ -709,13 +717,10 @@ def test_codecs_of_a_model():
 
 def test_what_is_sent_changes_no_other_weight():
     """Also not the random numbers of one's own codec."""
-    states = {}
+    local = dict(small_model(send='local').named_parameters())
     for send in mos_cp.CODECS:
-        torch.manual_seed(0)
-        states[send] = GPT(GPTConfig(send=send)).state_dict()
-    for name, weight in states['full'].items():
-        if name != '_extra_state':
-            assert all(torch.equal(weight, state[name]) for state in states.values()), name
+        weights = dict(small_model(send=send).named_parameters())
+        assert all(torch.equal(weights[name], weight) for name, weight in local.items()), send
 
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
@@ -733,25 +738,13 @@ def test_causality(options):
     assert changed[20:].max() < 1e-12 if c.send == 'local' else changed[20:].min() > 0
 
 
-def test_int4_has_a_scale_for_each_head():
-    kv = double(2, 32, 2, 3, 16, generator=seeded(0)) * torch.tensor([1, 10, 100])[:, None]
-    codec = mos_cp.Full(GPTConfig(wire_dtype='int4'), 0)
-    rebuilt, = codec.unpack(codec.pack((kv,)), [16], kv.dtype)
-    assert ((kv - rebuilt).abs() <= 1.02 * kv.abs().amax(-1, keepdim=True) / 14).all()
-
-
 def test_what_loses_nothing():
     """
-    Nothing is compressed in a single chunk, unless exact_local is off; once unplugged; and in the
-    first layer, with a guess, where nothing is sent either. And a codec of all 32 directions of
-    keys and values, started from these tokens, rebuilds them.
+    Nothing is compressed in a single chunk, unless exact_local is off, and once unplugged. And a
+    codec of all 32 directions of keys and values, started from these tokens, rebuilds them.
     """
     plain, local = (small_model(send=send) for send in ('full', 'local'))
-    expected, first = plain(IDX)[0], dict(n_layer=1, wire_dtype='int4')
-    for options in (first, dict(first, exact_local=False)):
-        assert_same_steps(train_steps(small_model(**options), 2),
-                          train_steps(small_model(n_layer=1, send='full'), 2))
-    lossy = dict(), dict(send='full', wire_dtype='int4')
+    expected, lossy = plain(IDX)[0], (dict(), dict(send='full', wire_dtype='int4'))
     for options in lossy:
         chunk = (small_model(**options, n_chunks=1, exact_local=x)(IDX)[0] for x in (True, False))
         assert_close(next(chunk), expected, 'logits')
@@ -806,10 +799,11 @@ def test_compiled_equals_eager(tmp_path, monkeypatch):
 def test_recompute_keeps_less_for_backward():
     kept, idx = [], torch.zeros(1, 256, dtype=torch.int64)
     for recompute in (False, True):
-        seen, hook = {}, lambda t: seen.setdefault(t.data_ptr(), t)
-        with torch.autograd.graph.saved_tensors_hooks(hook, lambda t: t):
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
             GPT(GPTConfig(vocab_size=2000, guess_dim=0, recompute=recompute))(idx, idx)
-        kept.append(sum(t.nbytes for t in seen.values()))
+        kept.append(sum(t.nbytes for t in saved.values()))
     assert kept[1] < 0.6 * kept[0], kept
 
 
@@ -833,8 +827,9 @@ def test_any_length_and_generate():
 
 @pytest.mark.parametrize('options', (dict(), PAPER), ids=str)
 def test_decay_and_flops(options):
-    """Only matrices decay. The FLOPs of 6 a parameter and of what attention sees."""
+    """Only matrices decay. The FLOPs of 6 a parameter and of what attention sees. LLaMA's eps."""
     model = small_model(**options)
+    assert {m.eps for m in model.modules() if isinstance(m, mos_cp.Norm)} == {1e-5}
     groups = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu').param_groups
     decay = {id(p): g['weight_decay'] for g in groups for p in g['params']}
     for name, p in model.named_parameters():
