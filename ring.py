@@ -16,6 +16,7 @@ gives it (mos_cp.py), straight to every other one. What its queries see is then 
 
 `python ring.py` times it beside one process alone and PyTorch's own context parallelism.
 """
+import argparse
 import functools
 import re
 import tempfile
@@ -613,6 +614,7 @@ def _benchmark(rank, P, store):
 
 
 if __name__ == '__main__':
+    argparse.ArgumentParser(description='Times ring attention alone, see README.md.').parse_args()
     n = torch.cuda.device_count() or 2
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_benchmark, (n, f'{folder}/store'), nprocs=n)

@@ -5,6 +5,7 @@ spawn for each world size (gloo, CPU); `pytest -k "every_rank and 2-"` selects t
 """
 import copy
 import errno
+import fcntl
 import functools
 import io
 import itertools
@@ -876,6 +877,7 @@ def test_readers(tmp_path):
     files = {'text.txt': bytes(range(256)) * 4, 'plain.bin': tokens.tobytes(), 'shard_e.bin': b'',
              'shard_0.bin': header(20240520, 1, 400) + tokens[:400].tobytes(),
              'deep/er/shard_1.bin': header(20240520, 1, 600) + tokens[400:].tobytes(),
+             'no_header.bin': (tokens.astype(np.uint32) + 65_000).tobytes(),
              'llama.bin': header(20240801, 7, 1000) + (tokens.astype(np.uint32) + 70_000).tobytes()}
     (tmp_path / 'deep/er').mkdir(parents=True)
     for name, content in files.items():
@@ -905,6 +907,10 @@ def test_readers(tmp_path):
             load(tmp_path / 'bad.bin')
     with pytest.raises(ValueError, match="different kinds of tokens: .*'uint16': .*'uint8': "):
         load(tmp_path / '[pt]*')
+    with pytest.raises(ValueError, match="different kinds of tokens: .*'uint16': .*'uint8': "):
+        load(plain, tmp_path / 'text.txt')
+    with pytest.raises(ValueError, match='no_header.bin seems to hold uint32 tokens'):
+        load(tmp_path / 'no_header.bin')
     with pytest.raises(ValueError, match='below the length of the training data .600 tokens'):
         load(pattern, plain, 600)
 
@@ -915,6 +921,24 @@ def test_more_files_than_descriptors(tmp_path):
     with patch.object(np, 'memmap', side_effect=too_many), pytest.raises(
             SystemExit, match='Too many open files.: raise ulimit -n, or change --data'):
         train.main([f'--data={tmp_path}/*', f'--out_dir={tmp_path}'])
+
+
+def test_a_pipe_that_nobody_reads(tmp_path):
+    """As with `| head`: a run saves and ends, a table ends; no traceback. Help is no benchmark."""
+    def start(script, *argv):
+        path = Path(__file__).with_name(script)
+        return subprocess.Popen([sys.executable, str(path), *argv], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    argv = *SMALL, f'--out_dir={tmp_path}', '--max_iters=100000', '--eval_interval=100000'
+    run, table = start('train.py', *argv), start('train.py', '--plan')
+    assert 'parameters' in run.stdout.readline()
+    run.stdout.close()
+    table.stdout.close()
+    assert 'usage: ring.py' in start('ring.py', '--help').communicate(timeout=60)[0]
+    for process, code in (run, 128 + signal.SIGTERM), (table, -signal.SIGTERM):
+        said = process.stderr.read()
+        assert (process.wait(60), said) == (code, '')
+    assert train.load_checkpoint(tmp_path / 'ckpt.pt')['iter_num'] > 0
 
 
 @pytest.mark.parametrize('argv, message', (
@@ -940,9 +964,14 @@ def test_more_files_than_descriptors(tmp_path):
     ('--learning_rate=nan', r'learning_rate \(nan\) must be at least 0'),
     ('--seed=18446744073709551616', r'seed \(\d+\) must be at least 0 and below 2\^63'),
     ('--block_size=1600000', r'\(1600000\) must be below the length of the validation data'),
-    ('--init_from=resume', 'ckpt.pt is missing'), ('--data=no/such', "no file matches 'no/such'"),
+    ('--init_from=resume', 'ckpt.pt does not exist: change --init_from or --out_dir'),
+    ('--data=no/such', "no file matches 'no/such'"),
     (f'--out_dir={__file__}/x', r'x cannot .* made \(Not a directory\): change .*--out_dir'),
-    ('--data=/', r'/ cannot be read or made \(Is a directory\)'),
+    ('--data=/', r'/ is a folder, whose files are /\*: change --data or --val_data'),
+    (f'--data={__file__} --val_data={__file__}', r"validation data share {'/.*py'}: change --data"),
+    (f'--val_data={__file__} --block_size=1600000', r'part\): change --block_size or --val_data'),
+    (f'--data=needle --val_data={__file__}', 'must be empty with --data=needle'),
+    ('--learning_rate=1e-4', r'min_lr \(0.0002\) must be at most learning_rate \(0.0001\)'),
     ('--device=cuda', r'a GPU per process \(1 processes on this machine, 0 GPUs\)'),
     ('--tflops=0', r'tflops \(0.0\) must be'), ('--vocab_size=99', r'outside vocab_size \(99'),
     ('--plan --cp=3', r'n_chunks \(16\) must be a multiple of 2 \* cp \(6\): change --n_chunks'),
@@ -1330,6 +1359,21 @@ def test_resume_with_other_options(reference_run, tmp_path, capfd):
         path.write_bytes(half)
         found = resumed('--max_iters=12', flag)['val_loss']
         assert (found != pytest.approx(expected, rel=1e-6)) == changes, (flag, found, expected)
+    assert 'not as before' not in capfd.readouterr().out
+    path.write_bytes(half)
+    longer = resumed('--max_iters=10', '--batch_size=2', '--lr_decay_iters=0')
+    assert [r['tokens'] for r in longer['records'][:-1]] == [512 * n for n in (8, 10, 12, 14)]
+    (tmp_path / 'other.txt').write_text(1000 * 'ab')
+    torch.save(dict(torch.load(path), best_val_loss=0.0), path)
+    resumed('--max_iters=16', '--always_save_checkpoint=False', f'--data={tmp_path}/other.txt')
+    assert train.load_checkpoint(path)['iter_num'] == 16  # the best on other data
+    said = capfd.readouterr().out
+    for sentence in ('learning rate 0.0011; the checkpoint has learning rate 0.00138',
+                     r'checksum \d+ of training data; the .* checksum \d+ of training data',
+                     r'checksum (\d+) of validation, 2 x 2; the .* \1 of validation, 2 x 1'):
+        assert re.search('not as before: ' + sentence, said), (sentence, said)
+    path.write_bytes(half)
+    found = resumed('--max_iters=12', '--recompute')['val_loss']
     checkpoint = torch.load(path, weights_only=True)
     checkpoint['model']['_extra_state'] = 'local'  # as if the warm start were over only now
     del checkpoint['config']['prompt']  # as if this flag were newer
@@ -1422,6 +1466,34 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
     assert [r['iter'] for r in read_log(tmp_path, configs=True)] == [0, 6]  # it did die
 
 
+def on_a_machine_of_its_own(rank):
+    """torchrun started one process here, and set no threads."""
+    os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')
+    os.environ.pop('OMP_NUM_THREADS', None)
+    torch.set_num_threads(7)
+
+    def report(log, at):
+        print(torch.get_num_threads(), 'threads', flush=True)
+    train.Log.say_summary = report
+
+
+def test_two_starts(tmp_path, monkeypatch):
+    """Of torchrun: cores are shared, the second says where the log is. Of runs: refused."""
+    codes, said = run_ranks(2, tmp_path, *SMALL, sabotage=(on_a_machine_of_its_own,))
+    assert codes == [0, 0] and '3 threads' in said[0], said
+    sentence = f'rank 1 of 2, on .*; rank 0, on .*, says .*, and logs it there in {tmp_path}'
+    assert re.fullmatch(sentence + '\n3 threads\n', said[1]), said
+    log = (tmp_path / 'log.jsonl').read_bytes()
+    with open(tmp_path / 'lock') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match='another run writes to .*: change --out_dir'):
+            small_run(tmp_path)
+    monkeypatch.setenv('SLURM_NTASKS', '2')
+    with pytest.raises(SystemExit, match='without torchrun each of 2 SLURM tasks is a run of its'):
+        small_run(tmp_path)
+    assert (tmp_path / 'log.jsonl').read_bytes() == log
+
+
 def join_without_old_keys(self, *args, join=train.World.join):
     join(self, *args)
     assert not self.store.check(['checkpoint 6'])  # torchrun's store keeps an earlier start's
@@ -1471,7 +1543,7 @@ def test_one_rank_skips_steps_alone(tmp_path, iterations):
 
 def differ(rank, what):
     """Rank 1 has another version, checkpoint or flag."""
-    parse, checkpoint = train.parse_config, dict(iter_num=20, best_val_loss=3.0, seconds=7.0)
+    parse, checkpoint = train.parse_config, dict(train.STATE, iter_num=20)
     if rank == 1 and what == 'torch':
         torch.__version__ = '0.0'
     elif rank == 1:
@@ -1481,7 +1553,7 @@ def differ(rank, what):
 
 @pytest.mark.parametrize('what, message', (
     ('torch', r'torch 0\.0, and rank 0 has'),
-    ('--data=needle', r'training data with checksum \d+, and rank 0 has'),
+    ('--data=needle', r"data \['checksum \d+ of training data', .* and rank 0 has"),
     ('checkpoint', "checkpoint {'iter_num': 20, .*, and rank 0 has None"),
     ('--seed=2', '--seed 2, and rank 0 has 1337: they must be the same')))
 def test_ranks_that_disagree_are_named(tmp_path, what, message):
@@ -1524,9 +1596,9 @@ def test_there_is_always_a_whole_checkpoint(tmp_path, capfd, monkeypatch):
     with full_disk(1000), pytest.raises(SystemExit, match='a file cannot be .*too large'):
         small_run(tmp_path, *resume)
     assert (path.read_bytes(), log.read_bytes()) == before
-    with full_disk(20_000):
-        result = small_run(tmp_path, *resume)
-    assert result['iter_num'] == 12 and path.read_bytes() == before[0]
+    with full_disk(20_000), pytest.raises(SystemExit, match='last checkpoint was not written'):
+        small_run(tmp_path, *resume)
+    assert read_log(tmp_path)[-1]['iter'] == 12 and path.read_bytes() == before[0]
     assert not list(tmp_path.glob('*.tmp'))
     sentence = 'could not write .*ckpt.pt .*; the checkpoint before it, .*, is untouched'
     assert re.search(sentence, capfd.readouterr().err)
@@ -1540,6 +1612,9 @@ def test_there_is_always_a_whole_checkpoint(tmp_path, capfd, monkeypatch):
         with full_disk(log.stat().st_size) if record['iter'] == 8 else nullcontext():
             write(self, record)
     monkeypatch.setattr(os, 'replace', replacing)
+    with patch.object(train, 'validate', return_value={'val_loss': math.nan}), pytest.raises(
+            SystemExit, match='last checkpoint was not written'):
+        small_run(tmp_path, *resume)
     monkeypatch.setattr(train.Log, 'write', sometimes_full)
     (tmp_path / 'ckpt.tmp').touch()  # of a run that was killed
     small_run(tmp_path, *resume)
@@ -1554,7 +1629,7 @@ def test_bad_checkpoints_are_refused(reference_run, tmp_path):
     changes = ({'model': wrong}, {'model': {}}, {'optimizer': {}},
                {'optimizer': {'state': {}, 'param_groups': []}})
     for message, contents in (
-            ('is missing, damaged, or no checkpoint', (
+            ('is damaged, or no checkpoint', (
                 whole[:len(whole) // 2], b'', b'something else', Path('code that must not run'),
                 torch.ones(3), {'model': {}})),
             ('was saved with --a, --b, which this version .*does not have', [

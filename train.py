@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import difflib
 import errno
+import fcntl
 import glob
 import inspect
 import json
@@ -25,6 +26,7 @@ import sysconfig
 import time
 import zlib
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -56,7 +58,7 @@ class RunConfig:
     init_from: str = 'scratch'  # scratch, resume (out_dir/ckpt.pt), or auto: if it is there
     log_interval: int = 25  # iterations between log lines
     eval_interval: int = 250  # iterations between validations with checkpoints (at the next sync)
-    eval_iters: int = 32  # batches per validation
+    eval_iters: int = 32  # batches per validation; which sequences depends on batch_size
     eval_only: bool = False  # validate once and stop; nothing is written
     always_save_checkpoint: bool = True  # False: only when the validation loss is the best so far
     prompt: str = 'def '  # text to continue at the end of the run (byte-level data only)
@@ -126,7 +128,7 @@ HERE_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'r
               'timeout_s', 'link_mbps', 'latency_ms')
 
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, datasheets, for the MFU
-STATE = {'iter_num': 0, 'best_val_loss': math.inf, 'seconds': 0.0}  # of a run, and at its start
+STATE = dict(iter_num=0, tokens=0, seconds=0.0, best_val_loss=math.inf, data=())  # at the start
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run stops
 
 
@@ -136,6 +138,19 @@ def fail(message):
         time.sleep(2)  # torchrun ends us with the first; if it does not, this fault is ours alone
         message = f'rank {os.environ["RANK"]}: {message}'
     sys.exit(f'train.py: {message}')
+
+
+def speak(text, stream=None):
+    """Above the bar, if there is one. When nobody reads on, as with `| head`: as on SIGTERM."""
+    try:
+        tqdm.write(text, stream)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
+        signal.raise_signal(signal.SIGTERM)
+
+
+def complain(text):
+    speak(f'train.py: {text}', sys.stderr)
 
 
 def parse_flags(argv):
@@ -209,6 +224,8 @@ def check_values(c):
     model_config(c)
     for name, holds, must_be in (
             ('beta1', c.beta1 < 1, 'below 1'), ('beta2', c.beta2 < 1, 'below 1'),
+            ('min_lr', c.min_lr <= c.learning_rate, f'at most learning_rate ({c.learning_rate})'),
+            ('val_data', c.data != 'needle' or not c.val_data, 'empty with --data=needle'),
             ('n_chunks', c.data != 'needle' or c.n_chunks % 2 == 0, 'even with --data=needle'),
             ('dtype', not c.plan or c.dtype != 'float64', 'bfloat16 or float32 with --plan'),
             ('tflops', c.tflops > 0, 'above 0'), ('rehearse', c.rehearse != 1, '0 or at least 2'),
@@ -246,42 +263,48 @@ def read_tokens(path):
     if not path.endswith('.bin'):
         return np.memmap(path, np.uint8, 'r')
     size, header = os.path.getsize(path), np.fromfile(path, np.int32, count=3).tolist()
-    if size % 2:
-        raise ValueError(f'{path} has an odd number of bytes ({size}): it holds no uint16 tokens')
+    check(size % 2 == 0, f'{path} has an odd number of bytes ({size})', 'data', 'val_data')
     if len(header) == 3 and header[0] in HEADERS:
         version, dtype = HEADERS[header[0]]
         n_tokens = max(0, size - 1024) // dtype().itemsize
-        if header[1:] != [version, n_tokens] or not n_tokens:
-            raise ValueError(f'{path} has header version {header[1]} and {header[2]} tokens, but '
-                             f'must have {version} and, by its size, {n_tokens} tokens')
+        check(header[1:] == [version, n_tokens] and n_tokens, f'{path} has header version '
+              f'{header[1]} and {header[2]} tokens, but must have {version} and, by its size, '
+              f'{n_tokens} tokens', 'data', 'val_data')
         return np.memmap(path, dtype, 'r', offset=1024)
-    return np.memmap(path, np.uint16, 'r')
+    tokens = np.memmap(path, np.uint16, 'r')
+    lower, upper = tokens[:2000:2], tokens[1:2000:2]
+    check(size < 200 or upper.max() > 3 or lower.max() <= 3, f'{path} seems to hold uint32 tokens; '
+          'without a header uint16 are read', 'data', 'val_data')
+    return tokens
 
 
 def read_all(pattern):
     """A file, or all files that match a glob (** is any depth), but empty ones."""
+    check(not os.path.isdir(pattern), f'{pattern} is a folder, whose files are '
+          f'{os.path.join(pattern, "*")}', 'data', 'val_data')
     paths = [pattern]
     if not os.path.exists(pattern):
         paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
     paths = [path for path in paths if os.path.getsize(path)]
     check(paths, f'no file matches {pattern!r}, or it is empty', 'data', 'val_data')
-    shards = [read_tokens(path) for path in paths]
-    types = {str(shard.dtype): path for path, shard in zip(paths, shards)}
-    check(len(types) == 1, f'files hold different kinds of tokens: {types}', 'data', 'val_data')
-    return shards
+    return [read_tokens(path) for path in paths]
 
 
 def load_data(c):
     """--data and --val_data -> (training shards, validation shards). Raises ValueError."""
-    train, val = stdlib_source() if c.data == 'stdlib' else (read_all(c.data), None)
+    train, val = stdlib_source() if c.data == 'stdlib' else (read_all(c.data), [])
     if c.val_data:
         val = read_all(c.val_data)
-    elif val is None:
+        both = {getattr(s, 'filename', '') for s in train} & {s.filename for s in val}
+        check(not both, f'training and validation data share {both}', 'data', 'val_data')
+    types = {str(s.dtype): getattr(s, 'filename', 'stdlib') for s in train + val}
+    check(len(types) == 1, f'files hold different kinds of tokens: {types}', 'data', 'val_data')
+    if not val:
         train, val = [s[:len(s) * 9 // 10] for s in train], [s[len(s) * 9 // 10:] for s in train]
-    for name, shards in (('training', train), ('validation', val)):
+    for name, shards, flag in (('training', train, 'data'), ('validation', val, 'val_data')):
         longest = max(map(len, shards))
         check(c.block_size < longest, f'block_size ({c.block_size}) must be below the length of '
-              f'the {name} data ({longest} tokens in the longest part)', 'block_size', 'data')
+              f'the {name} data ({longest} tokens in the longest part)', 'block_size', flag)
     return train, val
 
 
@@ -410,12 +433,12 @@ def plan(argv):
     rows['this configuration'] = ''
     costs = {name: estimate(parse_config([*argv, *flags.split()])[0], P, name == 'Ulysses')
              for name, flags in rows.items()}
-    print(f'{P} ranks of {c.tflops:g} TFLOP/s, {tokens:,} tokens an iteration. Computed: what a '
+    speak(f'{P} ranks of {c.tflops:g} TFLOP/s, {tokens:,} tokens an iteration. Computed: what a '
           'rank receives in it;\nthe arithmetic of the codec, as a share of model and attention; '
           'tokens/s, if exchanges hide under\nattention, and the sync under nothing.')
     for mbps in [c.link_mbps] if c.link_mbps else [300, 1000]:
         s = 8e-6 / mbps  # seconds a byte
-        print(f'\n{f"at {mbps:g} Mbit/s":<20}{"ring, MB":>10}{"sync, MB":>10}{"ring, s":>10}'
+        speak(f'\n{f"at {mbps:g} Mbit/s":<20}{"ring, MB":>10}{"sync, MB":>10}{"ring, s":>10}'
               f'{"sync, s":>10}{"compute, s":>12}{"codec":>8}{"tokens/s":>12}')
         for name, (fwd, bwd, sync, of_model, attention, of_codec) in costs.items():
             # A layer's exchange can hide under its attention alone, of which two sevenths are
@@ -428,7 +451,7 @@ def plan(argv):
             seconds = of_model + of_codec + sync * s + sum(
                 max(attention * share, n_bytes * s + attention * share * after)
                 for n_bytes, share in ((fwd, 2 / 7), (bwd, 5 / 7)))
-            print(f'{name:<20}{(fwd + bwd) / 1e6:>10,.1f}{sync / 1e6:>10,.1f}'
+            speak(f'{name:<20}{(fwd + bwd) / 1e6:>10,.1f}{sync / 1e6:>10,.1f}'
                   f'{(fwd + bwd) * s:>10,.2f}{sync * s:>10,.2f}'
                   f'{of_model + attention + of_codec:>12,.2f}'
                   f'{max(0, of_codec) / (of_model + attention):>8.1%}{tokens / seconds:>12,.0f}')
@@ -446,6 +469,8 @@ class World:
     def __init__(self, c):
         env, n = os.environ, c.gradient_accumulation_steps
         self.rank, self.n_processes = int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1))
+        check('WORLD_SIZE' in env or env.get('SLURM_NTASKS', '1') == '1', 'without torchrun each '
+              f'of {env.get("SLURM_NTASKS")} SLURM tasks is a run of its own', 'ntasks')
         check(not c.rehearse or self.n_processes == 1, f'rehearse ({c.rehearse}) is for one '
               f'process, and there are {self.n_processes}', 'rehearse', 'nproc_per_node')
         self.world_size = c.rehearse or self.n_processes
@@ -460,7 +485,7 @@ class World:
         self.tokens = n * c.batch_size * c.block_size  # in an iteration
         self.width, self.store = len(str(c.max_iters)), None  # of iterations, in lines
         self.signal, self.stopping = None, False  # told to stop; and all know it
-        self.saved = False  # whether the last checkpoint was written
+        self.saved = None  # whether the last checkpoint was written; None: none was due
         self.asked, self.anchor = None, {}  # see `agree_to_stop`, `average_weights`
         link = Link(c.link_mbps, c.latency_ms)
         self.ring = Rehearsal(self.cp, link) if c.rehearse else Ring(link=link)
@@ -485,7 +510,7 @@ class World:
 
     def say(self, text):
         if self.master:
-            tqdm.write(text)  # above the bar, if there is one
+            speak(text)
 
     def tell(self, iter_num, text):
         self.say(f'iter {iter_num:>{self.width}}: {text}')
@@ -508,8 +533,9 @@ class World:
             dist.init_process_group('nccl' if cuda else 'gloo', store=self.store, rank=self.rank,
                                     world_size=self.world_size, timeout=timeout,
                                     device_id=self.device if cuda else None)
-            everyone = [None] * self.world_size
+            everyone, hosts = [None] * self.world_size, [None] * self.world_size
             dist.all_gather_object(everyone, facts)
+            dist.all_gather_object(hosts, os.uname().nodename)
             group, _ = dist.new_subgroups(self.cp, timeout=timeout)
         except (RuntimeError, OSError) as e:
             reason = str(e).splitlines()[0][:200]
@@ -523,6 +549,12 @@ class World:
                     raise ValueError(f'rank {other} has {name} {theirs[name]}, and rank 0 has '
                                      f'{value}: they must be the same')
         self.ring = Ring(group, self.ring.link)
+        if 'OMP_NUM_THREADS' not in env:  # torchrun counts only the processes that it started
+            n_here = hosts.count(hosts[self.rank])
+            torch.set_num_threads(max(1, torch.get_num_threads() // n_here))
+        if not self.master and env.get('LOCAL_RANK') == '0':
+            speak(f'rank {self.rank} of {self.world_size}, on {hosts[self.rank]}; rank 0, on '
+                  f'{hosts[0]}, says the rest, and logs it there in {c.out_dir}')
 
     def stop(self, signum, frame):
         """On a signal: stop after a step. A second one ends the process at once."""
@@ -566,10 +598,6 @@ class World:
                     dist.broadcast(tensor.detach(), 0)
 
 
-def complain(text):
-    tqdm.write(f'train.py: {text}', file=sys.stderr)
-
-
 # -----------------------------------------------------------------------------
 # What a run starts from, and what it keeps
 
@@ -588,13 +616,14 @@ def replace(path, write):
 
 def load_checkpoint(path):
     """A checkpoint as `save` left it, on the CPU. Raises ValueError if it is not one."""
+    check(path.exists(), f'{path} does not exist', 'init_from', 'out_dir')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         checkpoint = {key: checkpoint[key] for key in ('model', 'optimizer', 'config', *STATE)}
         gone = sorted(checkpoint['config'].keys() - DEFAULTS.keys())
     except Exception as e:  # whatever a damaged or foreign file makes of it
-        raise ValueError(f'{path} is missing, damaged, or no checkpoint of this version of the '
-                         f'code ({e!r:.99}): change --init_from or --out_dir') from e
+        raise ValueError(f'{path} is damaged, or no checkpoint of this version of the code '
+                         f'({e!r:.99}): change --init_from or --out_dir') from e
     check(not gone, f'{path} was saved with --{", --".join(gone)}, which this version of the code '
           'does not have', 'init_from', 'out_dir')
     return checkpoint
@@ -679,12 +708,17 @@ class Log:
         n = c.n_layer * c.batch_size * world.n_micro * c.block_size * (world.cp - 1) // world.cp
         d = model.config.n_kv_head * model.config.head_dim
         self.n_received, self.full = n, n * 3 * 2 * d * world.dtype.itemsize
-        self.bar = world.bar(total=c.max_iters * world.tokens, initial=at.iter_num * world.tokens,
-                             unit='tok', unit_scale=True)
-        self.path = Path(c.out_dir, 'log.jsonl')
+        total = at.tokens + (c.max_iters - at.iter_num) * world.tokens
+        self.bar = world.bar(total=total, initial=at.tokens, unit='tok', unit_scale=True)
+        self.path, self.lock = Path(c.out_dir, 'log.jsonl'), nullcontext()
         self.writes = world.master and not c.rehearse and not c.eval_only
         if self.writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path.with_name('lock'), 'wb')  # until the run ends
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:  # where no file can be locked, none is
+                check(e.errno != errno.EWOULDBLOCK, f'another run writes to {c.out_dir}', 'out_dir')
             lines = self.path.read_bytes().splitlines() if self.path.exists() else []
             records = [re.fullmatch(rb'{"iter": (\d+),.*}', line) for line in lines]
             kept = [r[0] + b'\n' for r in records if r and int(r[1]) < at.iter_num]
@@ -712,7 +746,7 @@ class Log:
         complain(f'rank {self.world.rank}, iter {it}: the gradient is not finite, step skipped')
         if self.skipped[-MAX_SKIPPED:] == list(range(it + 1 - MAX_SKIPPED, it + 1)):
             fail(f'no finite gradient in {MAX_SKIPPED} steps up to iteration {it}; the last '
-                 'checkpoint is from before them: lower --learning_rate')
+                 'checkpoint, if there is one, is from before them: lower --learning_rate')
 
     def step(self, at, before, **more):
         """Say what happened since the last line, and -> it. before: the meter before the step."""
@@ -738,7 +772,7 @@ class Log:
                        f'layer, forward + backward: {compression:.1%} less than uncompressed')
         self.losses, self.last = [], (at.iter_num, at.seconds, Counter(meter))
         return {'loss': loss, **more, 'skipped': len(self.skipped),
-                'tokens': at.iter_num * world.tokens, 'seconds': round(at.seconds, 3),
+                'tokens': at.tokens, 'seconds': round(at.seconds, 3),
                 'compression': compression,
                 **{k: step[k] for k in ('sent_fwd', 'received_fwd', 'sent_bwd', 'received_bwd')},
                 **{k: sync[k] for k in ('sent_sync', 'received_sync')}}
@@ -763,11 +797,12 @@ def describe(c, model, batches, world, at, checkpoint):
     say(f'{n / 1e6:.2f}M parameters, vocabulary {model.config.vocab_size}')
     say(f'{world.n_processes} process(es) {acts_as} dp {world.dp} x cp {world.cp} on '
         f'{world.device.type}, {world.dtype}; attention by {attention}')
-    if batches.train:
-        n, n_val = (sum(map(len, shards)) for shards in (batches.train, batches.val))
-        say(f'training data: {n:,} tokens in {len(batches.train)} file(s); '
-            f'{c.max_iters * world.tokens / n:.2g} passes\n'
-            f'validation data: {n_val:,} tokens in {len(batches.val)} file(s)')
+    for name, data, n in (('training', batches.train, c.max_iters * world.tokens),
+                          ('validation', batches.val, c.eval_iters * c.batch_size * c.block_size)):
+        drawn = [len(s) for s in data if len(s) > c.block_size]
+        if drawn:
+            say(f'{name} data: {sum(drawn):,} tokens in {len(drawn)} file(s) longer than block_size '
+                f'(of {len(data)}); {n / sum(drawn):.2g} passes')
     if c.rehearse:
         say(f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory and bytes. The '
             'losses mean nothing; nothing is validated or saved')
@@ -776,6 +811,11 @@ def describe(c, model, batches, world, at, checkpoint):
         say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}{advice}')
         for name in sorted(DEFAULTS.keys() - checkpoint['config'].keys()):
             say(f'the checkpoint has no --{name}, which is newer: it is {getattr(c, name)!r}')
+        was = argparse.Namespace(**{**DEFAULTS, **checkpoint['config']})
+        rates = [f'learning rate {learning_rate(at.iter_num, x):.3g}' for x in (was, c)]
+        for before, now in zip([rates[0], *checkpoint['data']], [rates[1], *at.data]):
+            if before != now:
+                say(f'not as before: {now}; the checkpoint has {before}')
 
 
 # -----------------------------------------------------------------------------
@@ -863,7 +903,7 @@ def train(c, model, optimizer, batches, world, log, at):
         if world.stopping:
             if c.sync_every > 1 and it % c.sync_every:
                 world.average_weights(c.sync_dtype)
-            world.saved = new and not c.rehearse and save(c, model, optimizer, world, at)
+            world.saved = None if c.rehearse else save(c, model, optimizer, world, at)
             return log.write(record)
 
         # -- what is sent from now on
@@ -880,8 +920,9 @@ def train(c, model, optimizer, batches, world, log, at):
             wanted = c.always_save_checkpoint or record['val_loss'] < at.best_val_loss
             at.best_val_loss = min(at.best_val_loss, record['val_loss'])
             world.ring.meter = meter
-            if wanted and new and math.isfinite(record['val_loss']):
-                world.saved = save(c, model, optimizer, world, at)
+            if wanted and new:
+                world.saved = math.isfinite(record['val_loss']) and save(
+                    c, model, optimizer, world, at)
         if done:
             return log.write(record)
 
@@ -911,7 +952,7 @@ def train(c, model, optimizer, batches, world, log, at):
         else:
             log.skip(it)
         optimizer.zero_grad(set_to_none=True)
-        at.iter_num += 1
+        at.iter_num, at.tokens = it + 1, at.tokens + world.tokens
         last = at.iter_num == c.max_iters
         if c.sync_every > 1 and (last or at.iter_num % c.sync_every == 0):
             world.average_weights(c.sync_dtype)
@@ -937,13 +978,18 @@ def set_up(argv):
         world = World(c)
         batches = Batches(c, world)
         at = argparse.Namespace(**{k: (checkpoint or STATE)[k] for k in STATE})
+        before, at.data = at.data, [
+            f'checksum {fingerprint(batches.train)} of training data',
+            f'checksum {fingerprint(batches.val)} of validation, {c.eval_iters} x {c.batch_size}']
+        if before[1:] != at.data[1:]:  # the best loss of another validation is no measure
+            at.best_val_loss = math.inf
         world.join(c, {  # what all ranks must agree on
             **{f'--{k}': v for k, v in vars(c).items() if k not in ('out_dir', 'data', 'val_data')},
-            'torch': torch.__version__, 'checkpoint': checkpoint and vars(at),
-            'training data with checksum': fingerprint(batches.train),
-            'validation data with checksum': fingerprint(batches.val)})
+            'torch': torch.__version__, 'data': at.data, 'checkpoint': checkpoint and vars(at)})
         model, optimizer = build(c, world, checkpoint)
         log = Log(c, model, world, at)
+    except KeyboardInterrupt:
+        fail('interrupted before the first iteration')
     except ValueError as e:
         fail(e)
     except OSError as e:
@@ -965,7 +1011,7 @@ def main(argv=None):
         c, model, _, _, world, log, at = run
         handlers = {s: signal.signal(s, world.stop) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with log.bar:
+            with log.bar, log.lock:
                 train(*run)
         finally:
             for signum, handler in handlers.items():
@@ -983,6 +1029,8 @@ def main(argv=None):
         sys.exit(128 + signum)
     if log.writes and model.config.vocab_size == 256 and c.sample_tokens:  # 256: bytes
         sample(c, model, world)
+    if world.saved is False:
+        fail('the last checkpoint was not written')
     last = {key: value for record in log.records for key, value in record.items()}
     return {**last, 'iter_num': at.iter_num, 'records': log.records, 'model': model}
 
