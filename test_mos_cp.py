@@ -1666,7 +1666,8 @@ def random_configuration(rng):
         n_chunks=one(one(2, 4, 6, 8), *3 * [2 * world_size // dp * one(1, 2, 3)]),
         send=one('full', 'local', 'paper', *4 * ['mixture']), cp=cp, warm_start=one(0, 0, 1),
         batch_size=one(1, 2), gradient_accumulation_steps=one(1, dp, 2 * dp),
-        sync_every=one(1, 1, 1, 2), recompute=one(True, False), data=one('stdlib', 'needle'),
+        sync_every=one(1, 1, 1, 2), sync_dtype=one('compute', 'compute', 'int8', 'int4'),
+        recompute=one(True, False), data=one('stdlib', 'needle'),
         grad_clip=one(0.0, 1.0), link_mbps=one(0.0, 0.0, 1000.0), latency_ms=one(0.0, 0.0, 1.0),
         latent_dim=one(3, 8, 16, 40))
     flags['block_size'] = flags['n_chunks'] * one(1, 2, 3, 5)
@@ -1701,7 +1702,7 @@ def test_fuzz(seed, tmp_path):
     gradient = flags.get('grad_wire_dtype', flags.get('wire_dtype', default))
     # after the first step as well as before it, unless so few tokens span fewer directions than
     # asked for: a rotation mixes the others in
-    exact = flags['sync_every'] == 1 and gradient == 'compute' and not (
+    exact = flags['sync_every'] == 1 and gradient == flags['sync_dtype'] == 'compute' and not (
         flags['warm_start'] and flags['send'] == 'mixture')
     assert found[0] == pytest.approx(alone[0], rel=1e-9), what
     assert found[1] == pytest.approx(alone[1], rel=1e-9 if exact else 0.05), what

@@ -100,7 +100,8 @@ PRESETS = {
                    learning_rate=5e-3, min_lr=2e-4, eval_interval=150, sample_tokens=0),
     '124m': dict(n_layer=12, n_head=12, n_embd=768, latent_dim=16, n_generators=0,
                  block_size=16384, batch_size=1, gradient_accumulation_steps=16, max_iters=10000,
-                 warm_start=500, warmup_iters=500, learning_rate=6e-4, min_lr=6e-5, eval_interval=500),
+                 warm_start=500, warmup_iters=500, learning_rate=6e-4, min_lr=6e-5,
+                 eval_interval=500),
     # the paper's shape; it does not give the width of its MLP
     '800m': dict(n_layer=8, n_head=8, n_embd=2048, n_ff=8192, latent_dim=44, n_generators=0,
                  block_size=131072, batch_size=1, max_iters=10000, warm_start=500, warmup_iters=500,
@@ -801,8 +802,8 @@ def describe(c, model, batches, world, at, checkpoint):
                           ('validation', batches.val, c.eval_iters * c.batch_size * c.block_size)):
         drawn = [len(s) for s in data if len(s) > c.block_size]
         if drawn:
-            say(f'{name} data: {sum(drawn):,} tokens in {len(drawn)} file(s) longer than block_size '
-                f'(of {len(data)}); {n / sum(drawn):.2g} passes')
+            say(f'{name} data: {sum(drawn):,} tokens in {len(drawn)} file(s) longer than '
+                f'block_size (of {len(data)}); {n / sum(drawn):.2g} passes')
     if c.rehearse:
         say(f'a rehearsal of rank {world.ring.rank} of {world.cp}: its time, memory and bytes. The '
             'losses mean nothing; nothing is validated or saved')
