@@ -41,8 +41,8 @@ import kernels
 import mos_cp
 import train
 from mos_cp import GPT, GPTConfig
-from ring import (Link, Rehearsal, Ring, Uncompressed, add_up, attend, average, positions,
-                  visible, waiting)
+from ring import (Link, Rehearsal, Ring, Uncompressed, attend, average, positions, visible,
+                  waiting)
 
 torch.set_num_threads(1)  # here and in all processes below: tests share the cores with others
 FORKS = mp.get_context('forkserver')  # processes that need not import torch again
@@ -188,10 +188,6 @@ def test_sums_over_shards_are_in_float32():
         return torch.autograd.grad(out, leaves, dout.to(dtype))
     for name, a, b in zip(('z', 'weight'), gradients(torch.bfloat16), gradients(torch.float64)):
         assert_close(a.double(), b, f'gradient of {name}', 0.01)
-    total = [None]
-    for x in (256, 1, 1):
-        total = add_up(total, [torch.full((1,), float(x)).bfloat16()], torch.float32)
-    assert total[0] == 258
 
 
 class FakeLink(Link):
@@ -349,7 +345,7 @@ def check_low_precision(ring):
     """Shards are merged, and gradients from other ranks unpacked, in float32."""
     with (patch.object(kernels, 'merge', side_effect=kernels.merge) as merge,
           patch.object(kernels, 'decode', side_effect=kernels.decode) as decode):
-        for dtype, tolerance in ((torch.float32, 5e-5), (torch.bfloat16, 0.1)):
+        for dtype, tolerance in ((torch.float32, 5e-5), (torch.bfloat16, 0.2)):
             for options in (dict(), dict(exact_local=False)):
                 high = train_steps(small_model(**options).to(dtype).double(), 1, dense_attend)
                 low = train_steps(small_model(ring, **options).to(dtype), 1)
@@ -456,7 +452,8 @@ def check_codecs_start_alike_on_every_rank(ring):
 
 
 @patch('ring.SYNC_PART', 512)
-def check_average(ring):
+@patch.object(kernels, 'encode', side_effect=kernels.encode)
+def check_average(ring, encode):
     """Of rank r's numbers: right; rounded: unbiased, equal on all ranks, and counted."""
     N, n, rank = ring.world_size, 1000, ring.rank
     xs = [double(n, generator=seeded(r)) for r in range(N)]
@@ -465,6 +462,7 @@ def check_average(ring):
                                   ('int8', 8 * 130, 2e-2), ('int4', 8 * 66, 0.3)):
         torch.manual_seed(rank)
         ring.meter.clear()
+        encode.reset_mock()
         averages = []
         for _ in range(40):
             parts = list(xs[rank].clone().split([300, 700]))
@@ -477,6 +475,9 @@ def check_average(ring):
             assert_close(sum(averages) / 40, mean, f'mean of {dtype}', error / 4)
         received = 40 * 2 * (N - 1) * n_bytes // N
         assert ring.meter['received_sync'] == ring.meter['sent_sync'] == received, dtype
+        # what is rounded, at random: 1024 numbers in two parts, and their means' share
+        sizes = [c.args[0].numel() * c.kwargs['stochastic'] for c in encode.call_args_list]
+        assert sizes == (40 * 2 * [512, 512 // N] if N > 1 and dtype != 'compute' else []), dtype
 
 
 def check_evaluation_is_that_of_forward(ring):
@@ -747,9 +748,9 @@ def test_what_loses_nothing():
     plain, local = (small_model(send=send) for send in ('full', 'local'))
     expected, lossy = plain(IDX)[0], (dict(), dict(send='full', wire_dtype='int4'))
     for options in lossy:
-        chunk = (small_model(**options, n_chunks=1, exact_local=x)(IDX)[0] for x in (True, False))
-        assert_close(next(chunk), expected, 'logits')
-        assert relative_error(next(chunk), expected) > 1e-4
+        model, rebuilt = (small_model(n_chunks=1, exact_local=x, **options) for x in (True, False))
+        assert_close(model(IDX)[0], expected, 'logits')
+        assert relative_error(rebuilt(IDX)[0], expected) > 1e-4
     for options in (*lossy, PAPER, dict(send='local')):
         model, other = (small_model(**options, seed=seed) for seed in (0, 1))
         assert relative_error(model(IDX)[0], expected) > 1e-6
