@@ -916,11 +916,12 @@ def test_readers(tmp_path):
         load(pattern, plain, 600)
 
 
-def test_more_files_than_descriptors(tmp_path):
+@pytest.mark.parametrize('error, message', (
+    (OSError(errno.EMFILE, 'Too many open files'), 'files.: raise ulimit -n, or change --data'),
+    (KeyboardInterrupt(), 'interrupted before the first iteration')))
+def test_no_way_to_the_data(tmp_path, error, message):
     (tmp_path / 'a').write_text('text')
-    too_many = OSError(errno.EMFILE, 'Too many open files')
-    with patch.object(np, 'memmap', side_effect=too_many), pytest.raises(
-            SystemExit, match='Too many open files.: raise ulimit -n, or change --data'):
+    with patch.object(np, 'memmap', side_effect=error), pytest.raises(SystemExit, match=message):
         train.main([f'--data={tmp_path}/*', f'--out_dir={tmp_path}'])
 
 
