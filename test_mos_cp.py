@@ -933,7 +933,8 @@ def test_a_pipe_that_nobody_reads(tmp_path):
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     argv = *SMALL, f'--out_dir={tmp_path}', '--max_iters=100000', '--eval_interval=100000'
     run, table = start('train.py', *argv), start('train.py', '--plan')
-    assert 'parameters' in run.stdout.readline()
+    while 'iter' not in run.stdout.readline():  # until it trains
+        assert run.poll() is None
     run.stdout.close()
     table.stdout.close()
     assert 'usage: ring.py' in start('ring.py', '--help').communicate(timeout=60)[0]
@@ -1076,7 +1077,7 @@ SMALL = ('--block_size=128 --n_chunks=8 --n_layer=2 --n_head=2 --n_embd=32 --bat
          '--warm_start=3 --max_iters=12 --lr_decay_iters=12 --eval_interval=6 --eval_iters=2 '
          '--log_interval=1 --sample_tokens=0 --gradient_accumulation_steps=4 --dtype=float64 '
          '--warmup_iters=2 --latent_dim=6 --wire_dtype=compute --device=cpu --learning_rate=2e-3 '
-         '--min_lr=2e-4').split()
+         '--min_lr=2e-4 --sync_dtype=compute').split()
 
 
 def small_run(out_dir, *argv):

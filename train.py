@@ -81,7 +81,7 @@ class RunConfig:
     seed: int = 1337  # of weights, codecs, data order and sampling
     cp: int = 0  # ranks that share one sequence; 0: all. The rest is data parallel
     sync_every: int = 1  # 1: average gradients every iteration; c: weights every c (local AdamW)
-    sync_dtype: str = 'compute'  # what is averaged travels as: compute, bf16, int8 or int4
+    sync_dtype: str = 'int8'  # how that travels: compute (exact), bf16, int8 or int4 (at random)
     device: str = 'auto'  # auto, cpu or cuda; auto: cuda if every process can have a GPU
     dtype: str = 'auto'  # auto (bfloat16 on cuda, else float32), float32, bfloat16, float64
     rehearse: int = 0  # one process acts as one of so many ranks: its time, memory and bytes
@@ -93,7 +93,7 @@ class RunConfig:
 
 
 PRESETS = {
-    'tiny': {},
+    'tiny': dict(sync_dtype='int4'),
     # its tokens alone say the answers: nothing may be looked up
     'needle': dict(data='needle', guess_dim=0, n_generators=0, codec_lr=0.1, n_layer=2, n_embd=64,
                    block_size=16, n_chunks=4, batch_size=64, max_iters=300, warm_start=10,
