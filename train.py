@@ -93,7 +93,7 @@ class RunConfig:
 
 
 PRESETS = {
-    'tiny': dict(sync_dtype='int4'),
+    'tiny': {},
     # its tokens alone say the answers: nothing may be looked up
     'needle': dict(data='needle', guess_dim=0, n_generators=0, codec_lr=0.1, n_layer=2, n_embd=64,
                    block_size=16, n_chunks=4, batch_size=64, max_iters=300, warm_start=10,
