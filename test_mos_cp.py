@@ -673,6 +673,9 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
         (tokens, z, x), (new_tokens, new_z, new_x) = start_rows, new_rows
         below = list(z.split(6, dim=-1))
         codec.start(W, codec.moment(x, tokens, words, below))
+        with torch.autocast('cpu', torch.bfloat16):
+            low = [t.bfloat16() for t in (x, words, *below)]
+            assert codec.moment(low[0], tokens, low[1], low[2:]).dtype == torch.float32
         known = codec.know(new_tokens, words, list(new_z.split(6, dim=-1)))
         theta = codec.guess_inputs(known, new_x.dtype)[1][..., 1:]
         if options['n_generators']:  # theta says something from the start
@@ -716,6 +719,7 @@ def test_codecs_of_a_model():
     model = GPT(GPTConfig())  # without a warm start: its guess learns
     model(IDX.repeat(1, 8), IDX.repeat(1, 8))[1].backward()
     assert model.h[1].attn.codec.A.grad.any()
+    assert [m.h[1].attn.codec.m for m in (model, small_model(guess_dim=99))] == [128, 32]
 
 
 def test_what_is_sent_changes_no_other_weight():
