@@ -1502,6 +1502,14 @@ def test_two_starts(tmp_path, monkeypatch):
     assert (tmp_path / 'log.jsonl').read_bytes() == log
 
 
+def test_only_files_longer_than_a_sequence_are_data(tmp_path, capfd):
+    for name, n in (('a', 100), ('b', 100), ('c', 5000)):
+        (tmp_path / f'{name}.txt').write_text(n * 'x')
+    small_run(tmp_path, f'--data={tmp_path}/*.txt', f'--val_data={__file__}', '--max_iters=0')
+    sentence = 'training data: 5,000 tokens in 1 file(s) longer than block_size (of 3)'
+    assert sentence in capfd.readouterr().out
+
+
 def join_without_old_keys(self, *args, join=train.World.join):
     join(self, *args)
     assert not self.store.check(['checkpoint 6'])  # torchrun's store keeps an earlier start's
