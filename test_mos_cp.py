@@ -676,6 +676,7 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
         with torch.autocast('cpu', torch.bfloat16):
             low = [t.bfloat16() for t in (x, words, *below)]
             assert codec.moment(low[0], tokens, low[1], low[2:]).dtype == torch.float32
+            assert mos_cp.Norm(16)(x.float()).dtype == torch.bfloat16
         known = codec.know(new_tokens, words, list(new_z.split(6, dim=-1)))
         theta = codec.guess_inputs(known, new_x.dtype)[1][..., 1:]
         if options['n_generators']:  # theta says something from the start
@@ -717,6 +718,8 @@ def test_codecs_of_a_model():
             ] == [(mos_cp.FirstLayer, 'int4', 'int4'), (mos_cp.Mixture, 'int4', 'int4'),
                   (mos_cp.Full, 'compute', 'compute')]
     model = GPT(GPTConfig())  # without a warm start: its guess learns
+    stds = [p.std().item() for p in (model.wte.weight, model.h[0].mlp.c_proj.weight)]
+    assert stds == pytest.approx([0.02, 0.01], rel=0.05)
     model(IDX.repeat(1, 8), IDX.repeat(1, 8))[1].backward()
     assert model.h[1].attn.codec.A.grad.any()
     assert [m.h[1].attn.codec.m for m in (model, small_model(guess_dim=99))] == [128, 32]
