@@ -722,7 +722,7 @@ def test_codecs_of_a_model():
     assert stds == pytest.approx([0.02, 0.01], rel=0.05)
     model(IDX.repeat(1, 8), IDX.repeat(1, 8))[1].backward()
     assert model.h[1].attn.codec.A.grad.any()
-    assert [m.h[1].attn.codec.m for m in (model, small_model(guess_dim=99))] == [128, 32]
+    assert [m.h[1].attn.codec.m for m in (model, small_model(guess_dim=99))] == [64, 32]
 
 
 def test_what_is_sent_changes_no_other_weight():
