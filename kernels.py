@@ -6,6 +6,7 @@ Nothing here knows of processes or models. Everywhere the sequence is dimension 
 are (B, T, H, hd), lse is (B, T, H); only the wrappers of PyTorch's attention kernels transpose.
 """
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -265,16 +266,22 @@ def shard_backward(dout, q, k, v, out, lse, calls, dq=None):
 # -----------------------------------------------------------------------------
 # What happens to keys and values around the wire
 
-@fused
 def rope_angles(positions, head_dim, base):
     """
-    Of global positions (T,) cos and sin of every pair for `rope`: (T, 2, hd), float32, computed in
+    Of global positions (T,) cos and sin of every pair for `rope`: (T, 2, hd), float32, of angles in
     float64. Stored for both halves of a head, the sine with its signs.
     """
-    pair = torch.arange(0, head_dim, 2, device=positions.device)
-    angle = torch.outer(positions.double(), base ** (-pair.double() / head_dim))  # (T, hd/2)
+    pair = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
+    return _cos_and_sin(positions, base ** (-pair / head_dim))
+
+
+@fused
+def _cos_and_sin(positions, frequencies):
+    turns = torch.outer(positions.double(), frequencies / (2 * math.pi))  # (T, hd/2)
+    # less than half a turn fits float32, whose cosine is far cheaper than float64's
+    angle = ((turns - turns.round()) * (2 * math.pi)).float()
     cos, sin = angle.cos(), angle.sin()
-    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=1).float()
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=1)
 
 
 @fused

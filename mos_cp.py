@@ -56,7 +56,7 @@ class Full(nn.Module):
     get no gradient. So what learns there is returned by `weights` or `know`.
     """
     keep = False  # True, for a small payload: hold it until backward. False: it is sent again then
-    feeds_above = False  # True, with keep: what arrives is `below` for the layers above
+    feeds_above = False  # True, with keep: layers above get what arrives, of (B, T, r)
     reads_words = False  # True: `know` gets words
 
     def __init__(self, config, layer):
@@ -68,8 +68,8 @@ class Full(nn.Module):
         """
         What every rank knows of all tokens without being told: tensors (world_size, B, T, ...).
         tokens (world_size, B, T, guess_tokens): of these the j-th is the one j places before.
-        words (vocab_size, n_embd): the embedding, normed. below: a list of what arrived for the
-        layers below with `feeds_above`, (world_size, B, T, r) each. All of these get gradients.
+        words (vocab_size, n_embd): the embedding, normed. below (world_size, B, T, n_below): the
+        numbers that arrived for the layers below with `feeds_above`. Both get gradients.
         """
         return ()
 
@@ -141,13 +141,13 @@ class Mixture(Full):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        n, r, self.k = config.n_embd, config.latent_dim, config.n_generators
+        n, self.r, self.k = config.n_embd, config.latent_dim, config.n_generators
         self.m = min(config.guess_dim, n, 2 * math.prod(self.shape[1:]))
         self.feeds_above = config.guess_below
         n_senders = layer - 1 if self.m else layer  # layers below that send
-        n_below = r * n_senders if config.guess_below else 0
+        n_below = self.r * n_senders if config.guess_below else 0
         # a mixture begins as the one subspace it contains: E_i and D_i are 0
-        E_0 = torch.linalg.qr(torch.randn(n, r))[0]
+        E_0 = torch.linalg.qr(torch.randn(n, self.r))[0]
         self.E = nn.Parameter(F.pad(E_0[:, None], (0, 0, 0, self.k)))  # (n, 1 + k, r)
         self.D = nn.Parameter(self.E.detach().clone())
         # [t, s] are about 1 at this scale; at 0, and A = 0, they would never learn
@@ -158,19 +158,37 @@ class Mixture(Full):
 
     def know(self, tokens, words, below):
         """-> [t, s] (world_size, B, T, m + k), and z of the layers below."""
-        table = words @ self.W_e.transpose(0, 1).flatten(1)  # (vocab_size, guess_tokens * (m + k))
+        return self.look_up(tokens, words, self.W_e), below
+
+    @kernels.fused
+    def look_up(self, tokens, words, W_e):
+        table = words @ W_e.transpose(0, 1).flatten(1)  # (vocab_size, guess_tokens * (m + k))
         places = tokens.shape[-1]  # row token * places + j of the table: W_e_j^T of its e
         table = table.view(len(words) * places, self.m + self.k)
         rows = tokens * places + torch.arange(places, device=tokens.device)
-        looked_up = F.embedding(rows, table).sum(dim=-2, dtype=table.dtype)
-        return looked_up, *(below if self.config.guess_below else ())
+        return F.embedding(rows, table).sum(dim=-2, dtype=table.dtype)
 
     def guess_inputs(self, known, dtype):
-        """What is known of tokens -> y (B, T, m + n_below), [1, theta] (B, T, 1 + k)."""
-        looked_up, *below = known
+        """What is known of tokens -> y (B, T, m + n_below), s (B, T, k)."""
+        looked_up, below = known
         t, s = looked_up.to(dtype).split([self.m, self.k], dim=-1)
-        y = torch.cat((t, *(z.to(dtype) for z in below)), dim=-1)
-        return y, F.pad(self.theta_max * s.tanh(), (1, 0), value=1.0)
+        return torch.cat((t, below.to(dtype)), dim=-1), s
+
+    def shares(self, s):
+        """s (B, T, k) -> how much of each matrix is in E(theta): [1, theta] (B, T, 1 + k, 1)"""
+        return F.pad(self.theta_max * s.tanh(), (1, 0), value=1.0).unsqueeze(-1)
+
+    @kernels.fused
+    def mix(self, z, s):
+        """E_0^T x, E_1^T x, .. (B, T, >= (1 + k) r) -> E(theta)^T x (B, T, r)"""
+        z = z[..., :(1 + self.k) * self.r].unflatten(-1, (1 + self.k, self.r))
+        # without dtype autocast makes it float32 on GPUs
+        return (self.shares(s) * z).sum(dim=2, dtype=z.dtype)
+
+    @kernels.fused
+    def spread(self, z, s):
+        """z (B, T, r) -> z, theta_1 z, .. (B, T, (1 + k) r), for [D_0, D_1, ..]"""
+        return (self.shares(s) * z.unsqueeze(2)).flatten(2)
 
     def weights(self, W, gain):
         # W (A y + b + D(theta) z) = W [A, D_0, D_1, ..] [y, z, theta_1 z, ..] + W b
@@ -178,19 +196,16 @@ class Mixture(Full):
         return W @ rebuild, W @ self.b
 
     def compress(self, x, kv, known):
-        y, theta = self.guess_inputs(known, x.dtype)
+        y, s = self.guess_inputs(known, x.dtype)
         rest = x - F.linear(y, self.A.to(x.dtype), self.b.to(x.dtype))
-        z = rest @ aligned(self.E.flatten(1)).to(x.dtype)  # E_0^T rest, E_1^T rest, ..
-        z = z[..., :self.E[0].numel()].unflatten(-1, self.E.shape[1:])  # (B, T, 1 + k, r)
-        # without dtype autocast makes it float32 on GPUs
-        return ((theta.unsqueeze(-1) * z).sum(dim=2, dtype=x.dtype),)
+        return (self.mix(rest @ aligned(self.E.flatten(1)).to(x.dtype), s),)
 
     def expand(self, payload, known, weights):
         z, = payload
-        y, theta = self.guess_inputs(known, z.dtype)
+        y, s = self.guess_inputs(known, z.dtype)
         WAD, Wb = (w.to(z.dtype) for w in weights)
-        mixed = (theta.unsqueeze(-1) * z.unsqueeze(2)).flatten(2)  # z, theta_1 z, ..
-        return F.linear(aligned(torch.cat((y, mixed), dim=-1)), WAD, Wb).unflatten(-1, self.shape)
+        y_z = aligned(torch.cat((y, self.spread(z, s)), dim=-1))
+        return F.linear(y_z, WAD, Wb).unflatten(-1, self.shape)
 
     def moment(self, x, tokens, words, below):
         """
@@ -198,10 +213,9 @@ class Mixture(Full):
         layers below, the sum of [x, e, z, 1] [x, e, z, 1]^T over tokens. float32 at least.
         """
         e = words[tokens].flatten(2) if self.m else x[..., :0]
-        parts = x, e, *(below if self.config.guess_below else ())
         with torch.autocast(x.device.type, enabled=False):
             dtype = kernels.accumulation_dtype(x.dtype)
-            rows = torch.cat([part.to(dtype) for part in parts], dim=-1).flatten(0, 1)
+            rows = torch.cat([t.to(dtype) for t in (x, e, below)], dim=-1).flatten(0, 1)
             rows = F.pad(rows, (0, 1), value=1.0)
             return rows.T @ rows
 
@@ -228,7 +242,7 @@ class Mixture(Full):
         self.A.copy_(R[:, :-1])
         self.b.copy_(R[:, -1])
         left_of_x = C[:n, :n] - R @ xy.T - xy @ R.T + R @ yy @ R.T
-        E_0, D_0 = bottleneck(left_of_x, W, self.config.latent_dim)
+        E_0, D_0 = bottleneck(left_of_x, W, self.r)
         for family, subspace in ((self.E, E_0), (self.D, D_0)):
             family.zero_()
             family[:, 0] = subspace
@@ -512,7 +526,7 @@ class Attention(nn.Module):
         return x, kernels.rope(q, angles), kernels.rope(kv[:, :, 0], angles), kv
 
     def forward(self, x, norm, ring, where, tokens, words, below):
-        """-> (B, T, n_embd) before c_proj, and a list of what arrived (`Full.feeds_above`)."""
+        """-> (B, T, n_embd) before c_proj, and `below` with what arrived (`Full.feeds_above`)."""
         c, codec, T = self.config, self.active, x.shape[1]
 
         def angles(rank, n):  # of one shard at a time
@@ -533,7 +547,7 @@ class Attention(nn.Module):
         if type(codec) is FirstLayer or type(codec) is Full and codec.wire_dtype == 'compute':
             span = T
         y, *arrived = attend(ring, q, k, kv[:, :, 1], payload, known, weights, codec, rebuild, span)
-        return y.flatten(2), arrived
+        return y.flatten(2), torch.cat((below, *arrived), dim=-1) if arrived else below
 
 
 class MLP(nn.Module):
@@ -571,9 +585,9 @@ class Block(nn.Module):
         x (B, T, n_embd): this rank's shard; positions of every rank's (world_size, T); the rest as
         in `Full.know` -> x, and `below` with what arrived for this layer.
         """
-        y, arrived = self.attn(x, self.ln_1, ring, where, tokens, words, below)
+        y, below = self.attn(x, self.ln_1, ring, where, tokens, words, below)
         x = recomputed(self.after, x, y) if self.config.recompute else self.after(x, y)
-        return x, [*below, *arrived]
+        return x, below
 
 
 class GPT(nn.Module):
@@ -625,7 +639,8 @@ class GPT(nn.Module):
         """
         Whole sequences (B, T) -> the embeddings x (B, T / world_size, n_embd) of this rank's shard;
         of every rank's shard positions (world_size, T / world_size) and tokens, with those before
-        each (the first one's: itself), (world_size, B, T / world_size, guess_tokens).
+        each (the first one's: itself), (world_size, B, T / world_size, guess_tokens); `below` of
+        the first layer: nothing, (world_size, B, T / world_size, 0).
         """
         n, c = idx.shape[1], self.config
         check(n <= c.block_size, f'sequence length ({n}) is above block_size ({c.block_size})',
@@ -636,7 +651,8 @@ class GPT(nn.Module):
         where = positions(idx.shape[1], ring.world_size, idx.device)
         back = where.unsqueeze(-1) - torch.arange(c.guess_tokens, device=idx.device)
         tokens = idx[:, back.clamp(min=0)].transpose(0, 1)
-        return self.wte(tokens[ring.rank, ..., 0]), where, tokens
+        x = self.wte(tokens[ring.rank, ..., 0])
+        return x, where, tokens, x.new_empty(*tokens.shape[:-1], 0)
 
     def words(self):
         """The embedding, normed, if a codec reads it."""
@@ -646,8 +662,8 @@ class GPT(nn.Module):
 
     def hidden(self, idx, ring):
         """All but the head: (B, T) -> (B, T / world_size, n_embd)."""
-        x, where, tokens = self.inputs(idx, ring)
-        words, below = self.words(), []  # what arrived for the layers so far
+        x, where, tokens, below = self.inputs(idx, ring)
+        words = self.words()
         for block in self.h:
             x, below = block(x, ring, where, tokens, words, below)
         return x[:, :idx.shape[1]]  # without the padding
@@ -701,12 +717,12 @@ class GPT(nn.Module):
         self.set_send('codec')
         kernels.compile_fused(False)
         rank, words = self.ring.rank, self.words()
-        streams = [(*self.inputs(idx, self.ring), []) for idx in batches]
+        streams = [self.inputs(idx, self.ring) for idx in batches]
         for block in self.h:
             codec, moment = block.attn.codec, None
             if hasattr(codec, 'moment'):
                 moment = sum(
-                    codec.moment(block.ln_1(x), tokens[rank], words, [z[rank] for z in below])
+                    codec.moment(block.ln_1(x), tokens[rank], words, below[rank])
                     for x, _, tokens, below in streams)
                 average([moment], self.ring)
             if block in self.started:
