@@ -4,7 +4,7 @@ LLaMA-style GPT whose attention runs over a ring of them ("Mixtures of Subspaces
 Efficient Context Parallel Training", Ramasinghe et al., NeurIPS 2025, arXiv 2606.16384; "the paper"
 below).
 
-    config = GPTConfig(block_size=256, n_layer=2, n_head=4, n_embd=128)
+    config = GPTConfig(block_size=256, n_layer=3, n_head=4, n_embd=96)
     model = GPT(config)                     # one process: the reference
     logits, loss = model(idx, targets)      # (B, T, vocab_size), mean cross-entropy
 
@@ -404,14 +404,14 @@ class GPTConfig:
     block_size: int = 256  # context length in tokens, over all ranks of a ring together
     n_chunks: int = 16  # chunks of the context, a multiple of 2 * cp; results depend on it, not cp
     vocab_size: int = 0  # vocabulary; 0: 256 for text, 50304 for .bin (GPT-2's, rounded up)
-    n_layer: int = 2  # layers
+    n_layer: int = 3  # layers
     n_head: int = 4  # query heads
     n_kv_head: int = 0  # key and value heads (grouped-query attention); 0: n_head
-    n_embd: int = 128  # width
+    n_embd: int = 96  # width
     n_ff: int = 0  # width of the SwiGLU; 0: 8/3 n_embd, rounded up to a multiple of 64
     rope_base: float = 500000.0  # base of the rotary embedding's frequencies
     send: str = 'mixture'  # mixture (ours), paper, full (uncompressed), or local (nothing)
-    latent_dim: int = 36  # numbers sent for a token and layer, its key and value together
+    latent_dim: int = 16  # numbers sent for a token and layer, its key and value together
     n_generators: int = 4  # how many matrices theta mixes into the subspace; 0: one subspace
     guess_dim: int = 64  # numbers that a layer looks up for its guess; 0: none, and layer 0 sends
     guess_tokens: int = 2  # tokens that are looked up: this one, and those just before it
