@@ -1472,22 +1472,15 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
 
 
 def on_a_machine_of_its_own(rank):
-    """torchrun started one process here, and set no threads."""
+    """torchrun started one process here."""
     os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')
-    os.environ.pop('OMP_NUM_THREADS', None)
-    torch.set_num_threads(7)
-
-    def report(log, at):
-        print(torch.get_num_threads(), 'threads', flush=True)
-    train.Log.say_summary = report
 
 
 def test_two_starts(tmp_path):
-    """Of torchrun: cores are shared, the second says where the log is. Of runs: refused."""
+    """Of torchrun: the second says where the log is. Of runs: refused."""
     codes, said = run_ranks(2, tmp_path, *SMALL, sabotage=(on_a_machine_of_its_own,))
-    assert codes == [0, 0] and '3 threads' in said[0], said
-    sentence = f'rank 1 of 2, on .*; rank 0, on .*, says .*, and logs it there in {tmp_path}'
-    assert re.fullmatch(sentence + '\n3 threads\n', said[1]), said
+    sentence = f'rank 1 of 2: rank 0, on 127.0.0.1, says .*, and logs it there in {tmp_path}\n'
+    assert codes == [0, 0] and re.fullmatch(sentence, said[1]), said
     log = (tmp_path / 'log.jsonl').read_bytes()
     with open(tmp_path / 'lock') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
@@ -1635,22 +1628,14 @@ def test_there_is_always_a_whole_checkpoint(tmp_path, capfd, monkeypatch):
 def test_bad_checkpoints_are_refused(reference_run, tmp_path):
     whole, path = (reference_run[0] / 'ckpt.pt').read_bytes(), tmp_path / 'ckpt.pt'
     checkpoint = torch.load(reference_run[0] / 'ckpt.pt', weights_only=True)
-    wrong = dict(checkpoint['model'], **{'wte.weight': torch.ones(256, 16)})
-    changes = ({'model': wrong}, {'model': {}}, {'optimizer': {}},
-               {'optimizer': {'state': {}, 'param_groups': []}})
-    for message, contents in (
-            ('is damaged, or no checkpoint', (
-                whole[:len(whole) // 2], b'', b'something else', Path('code that must not run'),
-                torch.ones(3), {'model': {}})),
-            ('was saved with --a, --b, which this version .*does not have', [
-                {**checkpoint, 'config': {**checkpoint['config'], 'b': 1, 'a': 2}}]),
-            ('does not fit the model', [{**checkpoint, **change} for change in changes])):
-        for content in contents:
-            torch.save(content, path)
-            if isinstance(content, bytes):
-                path.write_bytes(content)
-            with pytest.raises(SystemExit, match='ckpt.pt ' + message):
-                small_run(tmp_path, '--init_from=auto')
+    of_another_version = {**checkpoint, 'config': {**checkpoint['config'], 'a': 1}}
+    for content in (whole[:len(whole) // 2], b'', b'something else', Path('code that must not run'),
+                    torch.ones(3), {'model': {}}, of_another_version):
+        torch.save(content, path)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        with pytest.raises(SystemExit, match='ckpt.pt is damaged, or no checkpoint'):
+            small_run(tmp_path, '--init_from=auto')
 
 
 # -----------------------------------------------------------------------------

@@ -367,62 +367,47 @@ class Batches:
 # -----------------------------------------------------------------------------
 # Sizing a run before renting machines
 
-def dry_run(P, config, batch_size, n_tokens, dtype):
+def estimate(argv, P):
     """
-    A step of one of P ranks that holds n_tokens of each sequence, with tensors that have no numbers
-    -> bytes received forward, backward; FLOPs of all but attention.
+    What an iteration is to one of P ranks, by a forward and backward pass with tensors that have
+    no numbers -> bytes of the ring forward, backward, of the sync; FLOPs of the model without
+    attention, of attention, of the codec.
     """
-    ring = Rehearsal(P)
-    with FakeTensorMode(), torch.autocast('cpu', torch.bfloat16, enabled=dtype != 'float32'):
-        model = GPT(config, ring)
-        idx = torch.zeros(batch_size, P * n_tokens, dtype=torch.int64)
+    c, _ = parse_config(argv)
+    ring, n = Rehearsal(P), c.gradient_accumulation_steps
+    with FakeTensorMode(), torch.autocast('cpu', torch.bfloat16, enabled=c.dtype != 'float32'):
+        model = GPT(dataclasses.replace(model_config(c), compile=False), ring)
+        idx = torch.zeros(c.batch_size, c.block_size, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             model(idx, idx)[1].backward()
-    flops = sum(n for operator, n in counter.get_flop_counts()['Global'].items()
-                if 'attention' not in str(operator))
-    return ring.meter['received_fwd'], ring.meter['received_bwd'], flops
-
-
-def estimate(c, P, ulysses):
-    """
-    What an iteration is to one of P ranks -> bytes of the ring forward, backward, of the sync;
-    FLOPs of the model, its attention, the codec.
-    """
-    config = dataclasses.replace(model_config(c), compile=False)
-    n_sequences, n_tokens = c.batch_size * c.gradient_accumulation_steps, c.block_size // P
-    args = config, c.batch_size, n_tokens, c.dtype
-    fwd, bwd, flops = dry_run(min(P, 2), *args)
-    if P > 2:  # bytes and FLOPs grow by the same with every rank
-        fwd, bwd = fwd * (P - 1), bwd * (P - 1)
-        flops += (dry_run(4, *args)[2] - flops) * (P - 2) // 2
-    fwd, bwd, flops = (n * c.gradient_accumulation_steps for n in (fwd, bwd, flops))
-    if ulysses:  # queries and outputs change hands too, but only a rank's share of the heads
-        fwd = bwd = fwd * (1 + config.n_head / config.n_kv_head) / P
-    with torch.device('meta'):
-        model = GPT(config)
-    model.set_send(c.send if c.send in ('local', 'full') else 'codec')
+    counts = counter.get_flop_counts()['Global'].items()
+    flops = sum(count for operator, count in counts if 'attention' not in str(operator))
     n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sync = average_bytes(n_params, 4, P, c.sync_dtype) / c.sync_every
-    span = config.chunk_size if c.send == 'local' else c.block_size
-    attention = 6 * c.n_layer * c.n_embd * span * n_sequences * n_tokens
-    of_model = model.flops_per_token() * n_sequences * n_tokens - attention
-    return fwd, bwd, sync, of_model, attention, flops - of_model
+    n_tokens, span = c.batch_size * c.block_size // P, c.block_size
+    if c.send == 'local':
+        span = model.config.chunk_size
+    attention = 6 * c.n_layer * c.n_embd * span * n_tokens
+    of_model = model.flops_per_token() * n_tokens - attention
+    return (n * ring.meter['received_fwd'], n * ring.meter['received_bwd'], sync,
+            n * of_model, n * attention, n * (flops - of_model))
 
 
 def plan(argv):
     """What a rank would receive and compute, and how fast, with these flags and with others."""
     c, _ = parse_config(argv)
-    P = c.rehearse or c.cp or 8
-    tokens = c.batch_size * c.gradient_accumulation_steps * c.block_size
+    P, config = c.rehearse or c.cp or 8, model_config(c)
     check_chunks(c.n_chunks, P)
-    rows = {'--send=full': '--send=full'}
-    if c.n_head % P == (c.n_kv_head or c.n_head) % P == 0:  # each rank has some of the heads
-        rows['Ulysses'] = '--send=full'
+    tokens = c.batch_size * c.gradient_accumulation_steps * c.block_size
+    costs = {'--send=full': estimate([*argv, '--send=full'], P)}
+    if c.n_head % P == config.n_kv_head % P == 0:  # each rank has some of the heads
+        # queries and outputs change hands too, but only a rank's share of the heads
+        fwd, bwd, *others = costs['--send=full']
+        fwd = fwd * (1 + c.n_head / config.n_kv_head) / P
+        costs['Ulysses'] = fwd, fwd, *others
     if c.n_layer > 1:  # the paper leaves out the last layer
-        rows['--method=paper'] = '--method=paper --send=paper'
-    rows['this configuration'] = ''
-    costs = {name: estimate(parse_config([*argv, *flags.split()])[0], P, name == 'Ulysses')
-             for name, flags in rows.items()}
+        costs['--method=paper'] = estimate([*argv, '--method=paper', '--send=paper'], P)
+    costs['this configuration'] = estimate(argv, P)
     speak(f'{P} ranks of {c.tflops:g} TFLOP/s, {tokens:,} tokens an iteration. Computed: what a '
           'rank receives in it;\nthe arithmetic of the codec, as a share of model and attention; '
           'tokens/s, if exchanges hide under\nattention, and the sync under nothing.')
@@ -430,14 +415,12 @@ def plan(argv):
         s = 8e-6 / mbps  # seconds a byte
         speak(f'\n{f"at {mbps:g} Mbit/s":<20}{"ring, MB":>10}{"sync, MB":>10}{"ring, s":>10}'
               f'{"sync, s":>10}{"compute, s":>12}{"codec":>8}{"tokens/s":>12}')
-        for name, (fwd, bwd, sync, of_model, attention, of_codec) in costs.items():
+        for name, (fwd, bwd, sync, *flops) in costs.items():
+            of_model, attention, of_codec = (n / c.tflops / 1e12 for n in flops)  # seconds
             # A layer's exchange can hide under its attention alone, of which two sevenths are
             # forward (4 of 14 T^2 H hd), and under all but one shard of that: the last to arrive,
-            # or the first to have a gradient. Ulysses' attention waits. The sync hides under
-            # nothing.
+            # or the first to have a gradient. Ulysses' attention waits.
             after = 1 if name == 'Ulysses' else 1 / P
-            of_model, attention, of_codec = (
-                n / c.tflops / 1e12 for n in (of_model, attention, of_codec))  # seconds
             seconds = of_model + of_codec + sync * s + sum(
                 max(attention * share, n_bytes * s + attention * share * after)
                 for n_bytes, share in ((fwd, 2 / 7), (bwd, 5 / 7)))
@@ -521,9 +504,8 @@ class World:
             dist.init_process_group('nccl' if cuda else 'gloo', store=self.store, rank=self.rank,
                                     world_size=self.world_size, timeout=timeout,
                                     device_id=self.device if cuda else None)
-            everyone, hosts = [None] * self.world_size, [None] * self.world_size
+            everyone = [None] * self.world_size
             dist.all_gather_object(everyone, facts)
-            dist.all_gather_object(hosts, os.uname().nodename)
             group, _ = dist.new_subgroups(self.cp, timeout=timeout)
         except (RuntimeError, OSError) as e:
             reason = str(e).splitlines()[0][:200]
@@ -537,12 +519,9 @@ class World:
                     raise ValueError(f'rank {other} has {name} {theirs[name]}, and rank 0 has '
                                      f'{value}: they must be the same')
         self.ring = Ring(group, self.ring.link)
-        if 'OMP_NUM_THREADS' not in env:  # torchrun counts only the processes that it started
-            n_here = hosts.count(hosts[self.rank])
-            torch.set_num_threads(max(1, torch.get_num_threads() // n_here))
-        if not self.master and env.get('LOCAL_RANK') == '0':
-            speak(f'rank {self.rank} of {self.world_size}, on {hosts[self.rank]}; rank 0, on '
-                  f'{hosts[0]}, says the rest, and logs it there in {c.out_dir}')
+        if not self.master and env.get('LOCAL_RANK') == '0':  # the first of another machine
+            speak(f'rank {self.rank} of {self.world_size}: rank 0, on {env["MASTER_ADDR"]}, says '
+                  f'the rest, and logs it there in {c.out_dir}')
 
     def stop(self, signum, frame):
         """On a signal: stop after a step. A second one ends the process at once."""
@@ -608,13 +587,12 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         checkpoint = {key: checkpoint[key] for key in ('model', 'optimizer', 'config', *STATE)}
-        gone = sorted(checkpoint['config'].keys() - DEFAULTS.keys())
+        unknown = checkpoint['config'].keys() - DEFAULTS.keys()
+        assert not unknown, f'unknown flags {unknown}'
+        return checkpoint
     except Exception as e:  # whatever a damaged or foreign file makes of it
         raise ValueError(f'{path} is damaged, or no checkpoint of this version of the code '
                          f'({e!r:.99}): change --init_from or --out_dir') from e
-    check(not gone, f'{path} was saved with --{", --".join(gone)}, which this version of the code '
-          'does not have', 'init_from', 'out_dir')
-    return checkpoint
 
 
 def build(c, world, checkpoint):
@@ -632,43 +610,29 @@ def build(c, world, checkpoint):
             optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p),
                                       exp_avg_sq=torch.zeros_like(p))
     if checkpoint:
-        fresh = optimizer.state_dict()
-        try:
-            model.load_state_dict(checkpoint['model'])
-            state = checkpoint['optimizer']['state']
-            if state.keys() != fresh['state'].keys():
-                raise ValueError('other parameters')
-            optimizer.load_state_dict({**fresh, 'state': state})  # with this run's options
-        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as e:
-            raise ValueError(
-                f'{Path(c.out_dir) / "ckpt.pt"} does not fit the model that its own flags describe '
-                f'({str(e).split(":")[0]}): change --init_from or --out_dir') from e
+        model.load_state_dict(checkpoint['model'])
+        state = checkpoint['optimizer']['state']
+        optimizer.load_state_dict({**optimizer.state_dict(), 'state': state})  # our own options
     world.broadcast(model.parameters(), 'the first weights')
     return model, optimizer
 
 
-def averaged(optimizer, world):
-    """The optimizer's state, of which AdamW's moments are the means over all ranks."""
-    state = copy.deepcopy(optimizer.state_dict())
-    average([t for moments in state['state'].values() for t in moments.values()], world.ring)
-    return state
-
-
 def save(c, model, optimizer, world, at):
     """
-    A checkpoint of this moment: one model, the same on all ranks, and one optimizer. -> whether it
-    was written.
+    A checkpoint of this moment: one model, the same on all ranks, and one optimizer, whose moments
+    are means over all ranks. -> whether it was written.
     """
-    state = averaged(optimizer, world) if c.sync_every > 1 else optimizer.state_dict()
-    written = f'checkpoint {at.iter_num}'
+    state, key = optimizer.state_dict(), f'checkpoint {at.iter_num}'
+    if c.sync_every > 1:  # else they are the same
+        state = copy.deepcopy(state)
+        average([t for moments in state['state'].values() for t in moments.values()], world.ring)
     if not world.master:  # writing may take longer than a silent peer is waited for
         with waiting('rank 0', 'saving a checkpoint'):
-            world.store.wait([written], timedelta(minutes=10))
-        return world.store.get(written) == b'written'
-    path, checkpoint, result = Path(c.out_dir, 'ckpt.pt'), {
-        'model': model.state_dict(), 'optimizer': state, 'config': vars(c),
-        'model_args': vars(model.config),  # GPTConfig(**model_args) is the model, as in nanoGPT
-        **vars(at)}, 'written'
+            world.store.wait([key], timedelta(minutes=10))
+        return world.store.get(key) == b'written'
+    path, result = Path(c.out_dir, 'ckpt.pt'), 'written'
+    checkpoint = {'model': model.state_dict(), 'optimizer': state, 'config': vars(c), **vars(at),
+                  'model_args': vars(model.config)}  # GPTConfig(**model_args), as in nanoGPT
     try:
         replace(path, lambda f: torch.save(checkpoint, f))
         world.tell(at.iter_num, f'saved {path}')
@@ -677,7 +641,7 @@ def save(c, model, optimizer, world, at):
         complain(f'could not write {path} ({str(e.args[-1]).splitlines()[0]}); the checkpoint '
                  'before it, if there is one, is untouched')
     if world.store:
-        world.store.set(written, result)
+        world.store.set(key, result)
     return result == 'written'
 
 
