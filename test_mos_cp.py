@@ -1329,7 +1329,8 @@ def test_gradients_in_few_bits(reference_run, tmp_path):
 # -----------------------------------------------------------------------------
 # train.py: nothing is lost
 
-def test_resume_is_bit_equal(reference_run, tmp_path, capfd, monkeypatch):
+def test_resume_is_bit_equal(reference_run, tmp_path, capfd):
+    handler = signal.getsignal(signal.SIGTERM)
     small_run(tmp_path, '--max_iters=6')
     with open(tmp_path / 'log.jsonl', 'ab') as f:  # a foreign hand; and as a killed run leaves it
         f.write(b'[1]\n{"epoch": 3}\nnot JSON\n{"iter": 7, "lo\xff\n')
@@ -1338,16 +1339,13 @@ def test_resume_is_bit_equal(reference_run, tmp_path, capfd, monkeypatch):
     assert_same_log(read_log(tmp_path), expected['records'])
     started = [(r['iter'], r['config']['max_iters']) for r in read_log(tmp_path, configs=True)]
     assert started == [(0, 6), (6, 12)] and resumed['val_loss'] == expected['val_loss']
-    said, handler = capfd.readouterr().out, signal.getsignal(signal.SIGTERM)
+    said = capfd.readouterr().out
     assert 'the codec goes on' in said and 'raise --max_iters' not in said
     small_run(tmp_path, '--init_from=resume')
     assert 'at iteration 12 of 12; to go on, raise --max_iters' in capfd.readouterr().out
     for flag, saved in (('--n_embd=64', 32), ('--preset=124m', 'tiny')):
         with pytest.raises(SystemExit, match=f'{flag} differs from the checkpoint, .* {saved}'):
             small_run(tmp_path, '--init_from=resume', flag)
-    monkeypatch.setattr(train, 'train', lambda *run: 1 / 0)  # in a notebook
-    with pytest.raises(ZeroDivisionError):
-        small_run(tmp_path)
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
@@ -1384,7 +1382,6 @@ def test_resume_with_other_options(reference_run, tmp_path, capfd):
     del checkpoint['config']['prompt']  # as if this flag were newer
     torch.save(dict(checkpoint, best_val_loss=0.0), path)
     evaluated = resumed('--eval_only')['val_loss']
-    assert "no --prompt, which is newer: it is 'def '" in capfd.readouterr().out
     best = resumed('--max_iters=14', '--always_save_checkpoint=False')
     assert evaluated == best['records'][0]['val_loss'] != found
     assert train.load_checkpoint(path)['iter_num'] == 12  # none is better than 0

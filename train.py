@@ -196,8 +196,7 @@ def parse_config(argv):
     path = Path(config['out_dir'], 'ckpt.pt')
     if config['init_from'] == 'resume' or config['init_from'] == 'auto' and path.exists():
         checkpoint = load_checkpoint(path)
-        saved = {**DEFAULTS, **checkpoint['config']}  # it may lack a flag added since
-        fixed = {*MODEL_FLAGS, 'preset', 'method'} - {*HERE_FLAGS}
+        saved, fixed = checkpoint['config'], {*MODEL_FLAGS, 'preset', 'method'} - {*HERE_FLAGS}
         for name in flags.keys() & fixed:
             check(flags[name] == saved[name], f'--{name}={flags[name]} differs from the '
                   f'checkpoint, which has {saved[name]}', name, 'out_dir')
@@ -587,8 +586,9 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         checkpoint = {key: checkpoint[key] for key in ('model', 'optimizer', 'config', *STATE)}
-        unknown = checkpoint['config'].keys() - DEFAULTS.keys()
-        assert not unknown, f'unknown flags {unknown}'
+        gone = checkpoint['config'].keys() - DEFAULTS.keys()
+        assert not gone, f'unknown flags {gone}'
+        checkpoint['config'] = {**DEFAULTS, **checkpoint['config']}  # a flag may have come since
         return checkpoint
     except Exception as e:  # whatever a damaged or foreign file makes of it
         raise ValueError(f'{path} is damaged, or no checkpoint of this version of the code '
@@ -655,11 +655,12 @@ class Log:
         """Of a log that is there, records of iterations before this one stay. Raises OSError."""
         self.c, self.model, self.world, self.records, self.skipped = c, model, world, [], []
         self.first = self.last = at.iter_num, at.seconds, Counter()  # at the start, the last line
-        self.losses, self.compression = [], None  # since the last line; as last said
-        # what a rank receives in an iteration uncompressed: KV; KV again, and its gradient
-        n = c.n_layer * c.batch_size * world.n_micro * c.block_size * (world.cp - 1) // world.cp
-        d = model.config.n_kv_head * model.config.head_dim
-        self.n_received, self.full = n, n * 3 * 2 * d * world.dtype.itemsize
+        self.losses = []  # since the last line
+        # what a rank receives in an iteration: so many pairs of a token and a layer; uncompressed
+        # of each keys and values, these again, and their gradient
+        self.n_received = c.n_layer * world.tokens // world.dp * (world.cp - 1) // world.cp
+        width = model.config.n_kv_head * model.config.head_dim
+        self.uncompressed = self.n_received * 3 * 2 * width * world.dtype.itemsize
         total = at.tokens + (c.max_iters - at.iter_num) * world.tokens
         self.bar = world.bar(total=total, initial=at.tokens, unit='tok', unit_scale=True)
         self.path, self.lock = Path(c.out_dir, 'log.jsonl'), nullcontext()
@@ -671,9 +672,9 @@ class Log:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:  # where no file can be locked, none is
                 check(e.errno != errno.EWOULDBLOCK, f'another run writes to {c.out_dir}', 'out_dir')
-            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-            records = [re.fullmatch(rb'{"iter": (\d+),.*}', line) for line in lines]
-            kept = [r[0] + b'\n' for r in records if r and int(r[1]) < at.iter_num]
+            old = self.path.read_bytes() if self.path.exists() else b''
+            kept = [line[0] for line in re.finditer(rb'^{"iter": (\d+),.*}\n', old, re.M)
+                    if int(line[1]) < at.iter_num]
             config = self.line({'iter': at.iter_num, 'config': vars(c)})
             replace(self.path, lambda f: f.writelines([*kept, config]))
 
@@ -692,8 +693,13 @@ class Log:
             except OSError as e:
                 complain(f'could not write {self.path} ({e.strerror})')
 
-    def skip(self, it):
-        """A step without a finite gradient was left out. Ten in a row end the run."""
+    def add(self, it, loss, grad_norm):
+        """A step is over: left out if its gradient is not finite. Ten such in a row are enough."""
+        self.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
+        self.bar.update(self.world.tokens)
+        if math.isfinite(grad_norm):
+            self.losses.append(loss)
+            return
         self.skipped.append(it)
         complain(f'rank {self.world.rank}, iter {it}: the gradient is not finite, step skipped')
         if self.skipped[-MAX_SKIPPED:] == list(range(it + 1 - MAX_SKIPPED, it + 1)):
@@ -714,18 +720,16 @@ class Log:
             if name in gpu:
                 n_sequences, flops = world.tokens // self.c.block_size, world.world_size * flops
                 text += f', mfu {self.model.estimate_mfu(n_sequences, dt, flops):5.1%}'
-        world.tell(at.iter_num - 1, text)
         step, sync = meter - before, meter - meter_then  # syncs: since the last line
         fwd, bwd = step['received_fwd'], step['received_bwd']
-        compression = 1 - (fwd + bwd) / self.full if fwd else None
-        if compression not in (None, self.compression):  # said when it changes
-            self.compression, n = compression, self.n_received
-            world.tell(at.iter_num - 1, f'received {fwd / n:.0f} + {bwd / n:.0f} bytes a token and '
-                       f'layer, forward + backward: {compression:.1%} less than uncompressed')
+        compression = 1 - (fwd + bwd) / self.uncompressed if fwd else None
+        if fwd:
+            text += (f', received {fwd / self.n_received:.0f} + {bwd / self.n_received:.0f} bytes '
+                     f'a token and layer ({compression:.1%} less than uncompressed)')
+        world.tell(at.iter_num - 1, text)
         self.losses, self.last = [], (at.iter_num, at.seconds, Counter(meter))
-        return {'loss': loss, **more, 'skipped': len(self.skipped),
-                'tokens': at.tokens, 'seconds': round(at.seconds, 3),
-                'compression': compression,
+        return {'loss': loss, **more, 'skipped': len(self.skipped), 'tokens': at.tokens,
+                'seconds': round(at.seconds, 3), 'compression': compression,
                 **{k: step[k] for k in ('sent_fwd', 'received_fwd', 'sent_bwd', 'received_bwd')},
                 **{k: sync[k] for k in ('sent_sync', 'received_sync')}}
 
@@ -735,9 +739,10 @@ class Log:
         if n:
             world.say(f'{n} iterations, {n * world.tokens:,} tokens in {seconds:.0f}s')
         if n and world.world_size > 1:
-            ring, full = meter['sent_fwd'] + meter['sent_bwd'], n * self.full
-            world.say(f'rank {rank} sent {ring / 1e6:,.1f} MB over the ring (uncompressed: '
-                      f'{full / 1e6:,.1f}) and {meter["sent_sync"] / 1e6:,.1f} MB for syncs')
+            ring = (meter['sent_fwd'] + meter['sent_bwd']) / 1e6
+            world.say(f'rank {rank} sent {ring:,.1f} MB over the ring (uncompressed: '
+                      f'{n * self.uncompressed / 1e6:,.1f}) and {meter["sent_sync"] / 1e6:,.1f} MB '
+                      'for syncs')
         if world.device.type == 'cuda':
             peak = torch.cuda.max_memory_allocated() / 1e9
             world.say(f'peak memory of rank {rank}: {peak:.2f} GB')
@@ -761,10 +766,8 @@ def describe(c, model, batches, world, at, checkpoint):
     if checkpoint:
         advice = '; to go on, raise --max_iters' if at.iter_num >= c.max_iters else ''
         say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}{advice}')
-        for name in sorted(DEFAULTS.keys() - checkpoint['config'].keys()):
-            say(f'the checkpoint has no --{name}, which is newer: it is {getattr(c, name)!r}')
-        was = argparse.Namespace(**{**DEFAULTS, **checkpoint['config']})
-        rates = [f'learning rate {learning_rate(at.iter_num, x):.3g}' for x in (was, c)]
+        saved = argparse.Namespace(**checkpoint['config'])
+        rates = [f'learning rate {learning_rate(at.iter_num, x):.3g}' for x in (saved, c)]
         for before, now in zip([rates[0], *checkpoint['data']], [rates[1], *at.data]):
             if before != now:
                 say(f'not as before: {now}; the checkpoint has {before}')
@@ -780,6 +783,16 @@ def learning_rate(it, c):
     end = c.lr_decay_iters or c.max_iters
     ratio = (it - c.warmup_iters) / (end - c.warmup_iters) if it < end else 1
     return c.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (c.learning_rate - c.min_lr)
+
+
+def set_rates(optimizer, it, c):
+    """-> the learning rate, of all but codecs."""
+    lr = learning_rate(it, c)
+    # a codec starts well, and AdamW's first steps would spoil it: its rate rises once more
+    rise = min(1, max(0, it - c.warm_start + 1) / (c.warmup_iters + 1))
+    for group in optimizer.param_groups:
+        group['lr'] = lr * c.codec_lr * rise if group['codec'] else lr
+    return lr
 
 
 def sends_at(it, c):
@@ -841,48 +854,48 @@ def sample(c, model, world):
     world.say('--- sample\n' + bytes(idx[0].tolist()).decode(errors='replace'))
 
 
+def evaluate(c, model, optimizer, batches, world, log, at):
+    """Validation, whose bytes do not count, and a checkpoint if one is due -> what the log has."""
+    meter, world.ring.meter = world.ring.meter, Counter()
+    record = validate(c, model, batches, world, at.iter_num)
+    world.ring.meter, loss = meter, record['val_loss']
+    wanted = c.always_save_checkpoint or loss < at.best_val_loss
+    at.best_val_loss = min(at.best_val_loss, loss)
+    if wanted and at.iter_num > log.first[0]:  # something is new
+        world.saved = math.isfinite(loss) and save(c, model, optimizer, world, at)
+    return record
+
+
 def train(c, model, optimizer, batches, world, log, at):
     """The loop: until max_iters, or a signal to stop. Changes `at`, model and optimizer."""
-    params, meter = [p for p in model.parameters() if p.requires_grad], world.ring.meter
+    params, loss_of = [p for p in model.parameters() if p.requires_grad], None
     # at a sync: only then do all ranks have the same weights
     eval_interval = c.sync_every * math.ceil(c.eval_interval / c.sync_every)
     if c.sync_every > 1:
         world.set_anchor(params)
-    loss_of = None
     while True:
-        it, record, new = at.iter_num, {'iter': at.iter_num}, at.iter_num > log.first[0]
-        # -- told to stop: a checkpoint before anything else
-        if world.stopping:
+        it, record, began = at.iter_num, {'iter': at.iter_num}, time.perf_counter()
+        if world.stopping:  # a checkpoint before anything else
             if c.sync_every > 1 and it % c.sync_every:
                 world.average_weights(c.sync_dtype)
             world.saved = None if c.rehearse else save(c, model, optimizer, world, at)
             return log.write(record)
 
-        # -- what is sent from now on
-        began, done = time.perf_counter(), it >= c.max_iters or c.eval_only
+        # -- what is sent from now on; validation and a checkpoint, whose time does not count
         if loss_of is None or model.sends != sends_at(it, c):
             loss_of = None  # an earlier CUDA graph goes before the next is captured
             loss_of = change_send(c, model, batches, world, it)
         at.seconds += time.perf_counter() - began
-
-        # -- validation, whose bytes do not count, and a checkpoint; the time of both does not
+        done = it >= c.max_iters or c.eval_only
         if (done or it % eval_interval == 0) and not c.rehearse:
-            world.ring.meter = Counter()
-            record |= validate(c, model, batches, world, it)
-            wanted = c.always_save_checkpoint or record['val_loss'] < at.best_val_loss
-            at.best_val_loss = min(at.best_val_loss, record['val_loss'])
-            world.ring.meter = meter
-            if wanted and new:
-                world.saved = math.isfinite(record['val_loss']) and save(
-                    c, model, optimizer, world, at)
+            record |= evaluate(c, model, optimizer, batches, world, log, at)
         if done:
             return log.write(record)
 
         # -- the gradient: of all micro-batches, averaged over all ranks
-        began, before = time.perf_counter(), Counter(meter)
+        began, before, loss = time.perf_counter(), Counter(world.ring.meter), 0.0
         seeds = np.random.SeedSequence((c.seed, it, world.rank))  # of rounding at random
         torch.manual_seed(int(seeds.generate_state(1)[0]))
-        loss = 0.0
         for micro in range(world.n_micro):
             with world.autocast:
                 micro_loss = loss_of(*batches.training(it, micro)) / world.n_micro
@@ -892,18 +905,14 @@ def train(c, model, optimizer, batches, world, log, at):
             average([p.grad for p in params if p.grad is not None], world.ring, c.sync_dtype)
 
         # -- a step of AdamW; without a finite gradient none, and the data moves on
-        lr = learning_rate(it, c)
-        # a codec starts well, and AdamW's first steps would spoil it: its rate rises once more
-        rise = min(1, max(0, it - c.warm_start + 1) / (c.warmup_iters + 1))
-        for group in optimizer.param_groups:
-            group['lr'] = lr * c.codec_lr * rise if group['codec'] else lr
+        lr = set_rates(optimizer, it, c)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf).item()
         if math.isfinite(grad_norm):
             optimizer.step()
-            log.losses.append(loss.item())
-        else:
-            log.skip(it)
+        log.add(it, loss.item(), grad_norm)
         optimizer.zero_grad(set_to_none=True)
+
+        # -- every so often the average of weights; then news of who was told to stop
         at.iter_num, at.tokens = it + 1, at.tokens + world.tokens
         last = at.iter_num == c.max_iters
         if c.sync_every > 1 and (last or at.iter_num % c.sync_every == 0):
@@ -912,9 +921,6 @@ def train(c, model, optimizer, batches, world, log, at):
             world.agree_to_stop()
         at.seconds += time.perf_counter() - began
 
-        # -- what there is to say of it
-        log.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
-        log.bar.update(world.tokens)
         if it % c.log_interval == 0 or last:
             record |= log.step(at, before, lr=lr, grad_norm=grad_norm)
         if len(record) > 1:
@@ -926,7 +932,7 @@ def set_up(argv):
     try:
         c, checkpoint = parse_config(argv)
         if c.plan:
-            return plan(sys.argv[1:] if argv is None else argv)
+            return plan(argv)
         world = World(c)
         batches = Batches(c, world)
         at = argparse.Namespace(**{k: (checkpoint or STATE)[k] for k in STATE})
@@ -955,17 +961,15 @@ def main(argv=None):
     if hasattr(sys.stdout, 'reconfigure'):  # lines at once; what a terminal cannot show is escaped
         sys.stdout.reconfigure(line_buffering=True, errors='backslashreplace')
     try:
-        run = set_up(argv)
+        run = set_up(sys.argv[1:] if argv is None else argv)
         if run is None:
             return None
         c, model, _, _, world, log, at = run
         handlers = {s: signal.signal(s, world.stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            with log.bar, log.lock:
-                train(*run)
-        finally:
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
+        with log.bar, log.lock:
+            train(*run)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     except PeerError as e:
         complain(e)
         os._exit(1)  # taking down groups whose members are gone can hang
@@ -974,8 +978,8 @@ def main(argv=None):
         dist.destroy_process_group()
     if world.stopping:
         signum = world.signal or signal.SIGTERM  # or another rank's
-        world.say(f'stopped by {signum.name} at iteration {at.iter_num}; ' + (
-            '--init_from=resume goes on' if world.saved else 'nothing was saved of it'))
+        advice = '--init_from=resume goes on' if world.saved else 'nothing was saved of it'
+        world.say(f'stopped by {signum.name} at iteration {at.iter_num}; {advice}')
         sys.exit(128 + signum)
     if log.writes and model.config.vocab_size == 256 and c.sample_tokens:  # 256: bytes
         sample(c, model, world)
