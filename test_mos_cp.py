@@ -948,16 +948,15 @@ def test_a_pipe_that_nobody_reads(tmp_path):
 
 
 @pytest.mark.parametrize('argv, message', (
-    ('--blok_size=8', 'unknown argument --blok_size; the nearest flag is --block_size'),
-    ('--lr=1', 'unknown argument --lr; --help lists'), ('--resume', 'argument --resume; --help'),
-    ('config/x.py', r'unknown argument config/x.py; --help lists all, as --key=value'),
+    ('--lr=1', 'unrecognized arguments: --lr=1; --help lists'), ('--resume', '--resume; --help'),
+    ('config/x.py', r'arguments: config/x.py; --help lists all flags, as --key=value'),
     ('--block_size=1000', r'block_size \(1000\) must be a multiple of n_chunks \(16\): change '
      '--block_size or --n_chunks'),
     ('--n_embd=100 --n_head=3', r'n_embd \(100\) must be a multiple of 2 \* n_head \(6\)'),
     ('--n_head=4 --n_kv_head=3', r'n_head \(4\) must be a multiple of n_kv_head \(3\)'),
     ('--latent_dim=0', r'latent_dim \(0\) must be at least 1'),
     ('--n_kv_head=1 --latent_dim=65', r'must be at most 64'),
-    ('--latent_dim=129', r'latent_dim \(129\) must be at most 128'), ('--topk=1', 'argument --to'),
+    ('--latent_dim=129', r'latent_dim \(129\) must be at most 128'), ('--topk=1', 'arguments: --to'),
     ('--method=paper --latent_dim=1', r'latent_dim \(1\) must leave keys and values'),
     ('--compress_last=False --n_layer=1', 'leaves nothing to compress when n_layer is 1'),
     ('--block_size=eight', "--block_size: invalid int value: 'eight'"),

@@ -11,7 +11,6 @@ sent, ring.py the wire.
 import argparse
 import copy
 import dataclasses
-import difflib
 import errno
 import fcntl
 import glob
@@ -128,9 +127,7 @@ MODEL_FLAGS = [f.name for f in fields(GPTConfig)]
 HERE_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'recompute',
               'timeout_s', 'link_mbps', 'latency_ms')
 
-PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, datasheets, for the MFU
 STATE = dict(iter_num=0, tokens=0, seconds=0.0, best_val_loss=math.inf, data=())  # at the start
-MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run stops
 
 
 def fail(message):
@@ -141,41 +138,36 @@ def fail(message):
     sys.exit(f'train.py: {message}')
 
 
-def speak(text, stream=None):
+def speak(text):
     """Above the bar, if there is one. When nobody reads on, as with `| head`: as on SIGTERM."""
     try:
-        tqdm.write(text, stream)
+        tqdm.write(text)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         signal.raise_signal(signal.SIGTERM)
 
 
 def complain(text):
-    speak(f'train.py: {text}', sys.stderr)
+    tqdm.write(f'train.py: {text}', sys.stderr)
 
 
 def parse_flags(argv):
     """--key=value or --key value -> {key: value} of the flags on the command line, or exits."""
     parser = argparse.ArgumentParser(prog='train.py', usage='train.py [--flag=value ...]',
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error, booleans = fail, {'true': True, '1': True, 'false': False, '0': False}
+    parser.error = lambda message: fail(f'{message}; --help lists all flags, as --key=value')
+    booleans = {'true': True, '1': True, 'false': False, '0': False}
     for config in (RunConfig, GPTConfig):
         group = parser.add_argument_group(config.__name__)
         comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(config), re.M))
         for f in fields(config):
-            how = dict(type=f.type, choices=CHOICES.get(f.name))
+            options = dict(type=f.type, choices=CHOICES.get(f.name))
             if f.type is bool:  # --flag alone is true
-                how = dict(type=lambda text: booleans.get(text.lower(), text), nargs='?',
-                           const=True, choices=(True, False))
+                options = dict(type=lambda text: booleans.get(text.lower(), text), nargs='?',
+                               const=True, choices=(True, False))
             text = f'{comments.get(f.name, "")} [{f.default}]'.replace('%', '%%')
-            group.add_argument(f'--{f.name}', metavar=f.type.__name__.upper(), help=text, **how)
-    flags, unknown = parser.parse_known_args(argv)
-    if unknown:
-        key = unknown[0].split('=')[0]
-        near = difflib.get_close_matches(key.lstrip('-'), DEFAULTS, n=1, cutoff=0.8)
-        advice = f'the nearest flag is --{near[0]}' if near else '--help lists all, as --key=value'
-        fail(f'unknown argument {key}; {advice}')
-    return vars(flags)
+            group.add_argument(f'--{f.name}', metavar=f.type.__name__.upper(), help=text, **options)
+    return vars(parser.parse_args(argv))
 
 
 def parse_config(argv):
@@ -368,9 +360,8 @@ class Batches:
 
 def estimate(argv, P):
     """
-    What an iteration is to one of P ranks, by a forward and backward pass with tensors that have
-    no numbers -> bytes of the ring forward, backward, of the sync; FLOPs of the model without
-    attention, of attention, of the codec.
+    An iteration of one of P ranks, with tensors that have no numbers -> bytes of the ring forward,
+    backward, of the sync; FLOPs of the model without attention, of attention, of the codec.
     """
     c, _ = parse_config(argv)
     ring, n = Rehearsal(P), c.gradient_accumulation_steps
@@ -653,9 +644,10 @@ class Log:
 
     def __init__(self, c, model, world, at):
         """Of a log that is there, records of iterations before this one stay. Raises OSError."""
-        self.c, self.model, self.world, self.records, self.skipped = c, model, world, [], []
+        self.model, self.world, self.records = model, world, []  # model: for reports of your own
         self.first = self.last = at.iter_num, at.seconds, Counter()  # at the start, the last line
         self.losses = []  # since the last line
+        self.skipped = self.skipped_in_a_row = 0
         # what a rank receives in an iteration: so many pairs of a token and a layer; uncompressed
         # of each keys and values, these again, and their gradient
         self.n_received = c.n_layer * world.tokens // world.dp * (world.cp - 1) // world.cp
@@ -699,12 +691,13 @@ class Log:
         self.bar.update(self.world.tokens)
         if math.isfinite(grad_norm):
             self.losses.append(loss)
+            self.skipped_in_a_row = 0
             return
-        self.skipped.append(it)
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         complain(f'rank {self.world.rank}, iter {it}: the gradient is not finite, step skipped')
-        if self.skipped[-MAX_SKIPPED:] == list(range(it + 1 - MAX_SKIPPED, it + 1)):
-            fail(f'no finite gradient in {MAX_SKIPPED} steps up to iteration {it}; the last '
-                 'checkpoint, if there is one, is from before them: lower --learning_rate')
+        if self.skipped_in_a_row == 10:
+            fail(f'no finite gradient in 10 steps up to iteration {it}; the last checkpoint, if '
+                 'there is one, is from before them: lower --learning_rate')
 
     def step(self, at, before, **more):
         """Say what happened since the last line, and -> it. before: the meter before the step."""
@@ -715,11 +708,6 @@ class Log:
         iter_num, seconds, meter_then = self.last
         dt = (at.seconds - seconds) / (at.iter_num - iter_num)
         text = f'loss {loss:.4f}, {dt * 1000:>6,.0f} ms, {world.tokens / dt:>9,.0f} tok/s'
-        gpu = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else ''
-        for name, flops in PEAK_FLOPS.items():
-            if name in gpu:
-                n_sequences, flops = world.tokens // self.c.block_size, world.world_size * flops
-                text += f', mfu {self.model.estimate_mfu(n_sequences, dt, flops):5.1%}'
         step, sync = meter - before, meter - meter_then  # syncs: since the last line
         fwd, bwd = step['received_fwd'], step['received_bwd']
         compression = 1 - (fwd + bwd) / self.uncompressed if fwd else None
@@ -728,7 +716,7 @@ class Log:
                      f'a token and layer ({compression:.1%} less than uncompressed)')
         world.tell(at.iter_num - 1, text)
         self.losses, self.last = [], (at.iter_num, at.seconds, Counter(meter))
-        return {'loss': loss, **more, 'skipped': len(self.skipped), 'tokens': at.tokens,
+        return {'loss': loss, **more, 'skipped': self.skipped, 'tokens': at.tokens,
                 'seconds': round(at.seconds, 3), 'compression': compression,
                 **{k: step[k] for k in ('sent_fwd', 'received_fwd', 'sent_bwd', 'received_bwd')},
                 **{k: sync[k] for k in ('sent_sync', 'received_sync')}}
