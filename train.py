@@ -10,7 +10,6 @@ sent, ring.py the wire.
 """
 import argparse
 import copy
-import dataclasses
 import errno
 import fcntl
 import glob
@@ -26,7 +25,7 @@ import time
 import zlib
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -366,7 +365,7 @@ def estimate(argv, P):
     c, _ = parse_config(argv)
     ring, n = Rehearsal(P), c.gradient_accumulation_steps
     with FakeTensorMode(), torch.autocast('cpu', torch.bfloat16, enabled=c.dtype != 'float32'):
-        model = GPT(dataclasses.replace(model_config(c), compile=False), ring)
+        model = GPT(replace(model_config(c), compile=False), ring)
         idx = torch.zeros(c.batch_size, c.block_size, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             model(idx, idx)[1].backward()
@@ -558,7 +557,7 @@ class World:
 # -----------------------------------------------------------------------------
 # What a run starts from, and what it keeps
 
-def replace(path, write):
+def write_whole(path, write):
     """Write a file beside the old one and rename it: there is a whole one at every moment."""
     temporary = path.with_suffix('.tmp')
     try:
@@ -625,7 +624,7 @@ def save(c, model, optimizer, world, at):
     checkpoint = {'model': model.state_dict(), 'optimizer': state, 'config': vars(c), **vars(at),
                   'model_args': vars(model.config)}  # GPTConfig(**model_args), as in nanoGPT
     try:
-        replace(path, lambda f: torch.save(checkpoint, f))
+        write_whole(path, lambda f: torch.save(checkpoint, f))
         world.tell(at.iter_num, f'saved {path}')
     except (OSError, RuntimeError) as e:  # torch has its own words for a disk that is full
         result = 'failed'
@@ -644,7 +643,7 @@ class Log:
 
     def __init__(self, c, model, world, at):
         """Of a log that is there, records of iterations before this one stay. Raises OSError."""
-        self.model, self.world, self.records = model, world, []  # model: for reports of your own
+        self.world, self.records = world, []
         self.first = self.last = at.iter_num, at.seconds, Counter()  # at the start, the last line
         self.losses = []  # since the last line
         self.skipped = self.skipped_in_a_row = 0
@@ -665,10 +664,10 @@ class Log:
             except OSError as e:  # where no file can be locked, none is
                 check(e.errno != errno.EWOULDBLOCK, f'another run writes to {c.out_dir}', 'out_dir')
             old = self.path.read_bytes() if self.path.exists() else b''
-            kept = [line[0] for line in re.finditer(rb'^{"iter": (\d+),.*}\n', old, re.M)
-                    if int(line[1]) < at.iter_num]
+            lines = re.finditer(rb'^{"iter": (\d+),.*}\n', old, re.MULTILINE)
+            kept = [line[0] for line in lines if int(line[1]) < at.iter_num]
             config = self.line({'iter': at.iter_num, 'config': vars(c)})
-            replace(self.path, lambda f: f.writelines([*kept, config]))
+            write_whole(self.path, lambda f: f.writelines([*kept, config]))
 
     @staticmethod
     def line(record):  # JSON has neither NaN nor infinity: null
@@ -755,32 +754,26 @@ def describe(c, model, batches, world, at, checkpoint):
         advice = '; to go on, raise --max_iters' if at.iter_num >= c.max_iters else ''
         say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}{advice}')
         saved = argparse.Namespace(**checkpoint['config'])
-        rates = [f'learning rate {learning_rate(at.iter_num, x):.3g}' for x in (saved, c)]
-        for before, now in zip([rates[0], *checkpoint['data']], [rates[1], *at.data]):
-            if before != now:
-                say(f'not as before: {now}; the checkpoint has {before}')
+        before = f'learning rate {learning_rate(at.iter_num, saved):.3g}', *checkpoint['data']
+        now = f'learning rate {learning_rate(at.iter_num, c):.3g}', *at.data
+        for old, new in zip(before, now):
+            if old != new:
+                say(f'not as before: {new}; the checkpoint has {old}')
 
 
 # -----------------------------------------------------------------------------
 # The run: what is sent when, validation, the loop, and all of it from flags to the end
 
-def learning_rate(it, c):
+def learning_rate(it, c, codec=False):
     """Linear warm-up, then cosine decay to min_lr (nanoGPT's schedule)."""
+    if codec:  # it starts well, and AdamW's first steps would spoil it: its rate rises once more
+        rise = min(1, max(0, it - c.warm_start + 1) / (c.warmup_iters + 1))
+        return learning_rate(it, c) * c.codec_lr * rise
     if it < c.warmup_iters:
         return c.learning_rate * (it + 1) / (c.warmup_iters + 1)
     end = c.lr_decay_iters or c.max_iters
     ratio = (it - c.warmup_iters) / (end - c.warmup_iters) if it < end else 1
     return c.min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (c.learning_rate - c.min_lr)
-
-
-def set_rates(optimizer, it, c):
-    """-> the learning rate, of all but codecs."""
-    lr = learning_rate(it, c)
-    # a codec starts well, and AdamW's first steps would spoil it: its rate rises once more
-    rise = min(1, max(0, it - c.warm_start + 1) / (c.warmup_iters + 1))
-    for group in optimizer.param_groups:
-        group['lr'] = lr * c.codec_lr * rise if group['codec'] else lr
-    return lr
 
 
 def sends_at(it, c):
@@ -842,7 +835,7 @@ def sample(c, model, world):
     world.say('--- sample\n' + bytes(idx[0].tolist()).decode(errors='replace'))
 
 
-def evaluate(c, model, optimizer, batches, world, log, at):
+def validate_and_save(c, model, optimizer, batches, world, log, at):
     """Validation, whose bytes do not count, and a checkpoint if one is due -> what the log has."""
     meter, world.ring.meter = world.ring.meter, Counter()
     record = validate(c, model, batches, world, at.iter_num)
@@ -876,7 +869,7 @@ def train(c, model, optimizer, batches, world, log, at):
         at.seconds += time.perf_counter() - began
         done = it >= c.max_iters or c.eval_only
         if (done or it % eval_interval == 0) and not c.rehearse:
-            record |= evaluate(c, model, optimizer, batches, world, log, at)
+            record |= validate_and_save(c, model, optimizer, batches, world, log, at)
         if done:
             return log.write(record)
 
@@ -893,7 +886,8 @@ def train(c, model, optimizer, batches, world, log, at):
             average([p.grad for p in params if p.grad is not None], world.ring, c.sync_dtype)
 
         # -- a step of AdamW; without a finite gradient none, and the data moves on
-        lr = set_rates(optimizer, it, c)
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(it, c, group['codec'])
         grad_norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf).item()
         if math.isfinite(grad_norm):
             optimizer.step()
@@ -910,7 +904,7 @@ def train(c, model, optimizer, batches, world, log, at):
         at.seconds += time.perf_counter() - began
 
         if it % c.log_interval == 0 or last:
-            record |= log.step(at, before, lr=lr, grad_norm=grad_norm)
+            record |= log.step(at, before, lr=learning_rate(it, c), grad_norm=grad_norm)
         if len(record) > 1:
             log.write(record)
 
