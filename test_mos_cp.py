@@ -958,6 +958,7 @@ def test_a_pipe_that_nobody_reads(tmp_path):
     ('--n_kv_head=1 --latent_dim=65', r'must be at most 64'),
     ('--latent_dim=129', r'latent_dim \(129\) must be at most 128'), ('--topk=1', 'arguments: --to'),
     ('--method=paper --latent_dim=1', r'latent_dim \(1\) must leave keys and values'),
+    ('--plan --dtype=float64', r'dtype \(float64\) must be bfloat16 or float32 with --plan'),
     ('--compress_last=False --n_layer=1', 'leaves nothing to compress when n_layer is 1'),
     ('--block_size=eight', "--block_size: invalid int value: 'eight'"),
     ('--send=some', "--send: invalid choice: 'some'"), ('--batch_size=0', r'batch_size \(0\)'),

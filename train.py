@@ -217,6 +217,7 @@ def check_values(c):
             ('min_lr', c.min_lr <= c.learning_rate, f'at most learning_rate ({c.learning_rate})'),
             ('val_data', c.data != 'needle' or not c.val_data, 'empty with --data=needle'),
             ('n_chunks', c.data != 'needle' or c.n_chunks % 2 == 0, 'even with --data=needle'),
+            ('dtype', not c.plan or c.dtype != 'float64', 'bfloat16 or float32 with --plan'),
             ('tflops', c.tflops > 0, 'above 0'), ('rehearse', c.rehearse != 1, '0 or at least 2'),
             ('cp', not c.rehearse or c.cp in (0, c.rehearse), f'0 or rehearse ({c.rehearse})'),
             ('warm_start', c.send == 'local' or not 0 < c.max_iters <= c.warm_start,
