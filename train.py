@@ -713,7 +713,7 @@ class Log:
         compression = 1 - (fwd + bwd) / self.uncompressed if fwd else None
         if fwd:
             text += (f', received {fwd / self.n_received:.0f} + {bwd / self.n_received:.0f} bytes '
-                     f'a token and layer ({compression:.1%} less than uncompressed)')
+                     f'a token and layer ({compression:.1%} less)')
         world.tell(at.iter_num - 1, text)
         self.losses, self.last = [], (at.iter_num, at.seconds, Counter(meter))
         return {'loss': loss, **more, 'skipped': self.skipped, 'tokens': at.tokens,
