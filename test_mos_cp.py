@@ -886,7 +886,6 @@ def test_readers(tmp_path):
     files = {'text.txt': bytes(range(256)) * 4, 'plain.bin': tokens.tobytes(), 'shard_e.bin': b'',
              'shard_0.bin': header(20240520, 1, 400) + tokens[:400].tobytes(),
              'deep/er/shard_1.bin': header(20240520, 1, 600) + tokens[400:].tobytes(),
-             'no_header.bin': (tokens.astype(np.uint32) + 65_000).tobytes(),
              'llama.bin': header(20240801, 7, 1000) + (tokens.astype(np.uint32) + 70_000).tobytes()}
     (tmp_path / 'deep/er').mkdir(parents=True)
     for name, content in files.items():
@@ -918,17 +917,13 @@ def test_readers(tmp_path):
         load(tmp_path / '[pt]*')
     with pytest.raises(ValueError, match="different kinds of tokens: .*'uint16': .*'uint8': "):
         load(plain, tmp_path / 'text.txt')
-    with pytest.raises(ValueError, match='no_header.bin seems to hold uint32 tokens'):
-        load(tmp_path / 'no_header.bin')
     with pytest.raises(ValueError, match='below the length of the training data .600 tokens'):
         load(pattern, plain, 600)
 
 
-@pytest.mark.parametrize('error, message', (
-    (OSError(errno.EMFILE, 'Too many open files'), 'files.: raise ulimit -n, or change --data'),
-    (KeyboardInterrupt(), 'interrupted before the first iteration')))
-def test_no_way_to_the_data(tmp_path, error, message):
+def test_no_way_to_the_data(tmp_path):
     (tmp_path / 'a').write_text('text')
+    error, message = OSError(errno.EMFILE, 'Too many open files'), 'files.: raise ulimit -n, or'
     with patch.object(np, 'memmap', side_effect=error), pytest.raises(SystemExit, match=message):
         train.main([f'--data={tmp_path}/*', f'--out_dir={tmp_path}'])
 
@@ -953,16 +948,15 @@ def test_a_pipe_that_nobody_reads(tmp_path):
 
 
 @pytest.mark.parametrize('argv, message', (
-    ('--blok_size=8', 'unknown argument --blok_size; the nearest flag is --block_size'),
-    ('--lr=1', 'unknown argument --lr; --help lists'), ('--resume', 'argument --resume; --help'),
-    ('config/x.py', r'unknown argument config/x.py; --help lists all, as --key=value'),
+    ('--lr=1', 'unrecognized arguments: --lr=1; --help lists'), ('--resume', '--resume; --help'),
+    ('config/x.py', r'arguments: config/x.py; --help lists all flags, as --key=value'),
     ('--block_size=1000', r'block_size \(1000\) must be a multiple of n_chunks \(16\): change '
      '--block_size or --n_chunks'),
     ('--n_embd=100 --n_head=3', r'n_embd \(100\) must be a multiple of 2 \* n_head \(6\)'),
     ('--n_head=4 --n_kv_head=3', r'n_head \(4\) must be a multiple of n_kv_head \(3\)'),
-    ('--latent_dim=0', r'latent_dim \(0\) must be at least 1'), ('--beta2=1', r'beta2 \(1.0\)'),
+    ('--latent_dim=0', r'latent_dim \(0\) must be at least 1'),
     ('--n_kv_head=1 --latent_dim=65', r'must be at most 64'),
-    ('--latent_dim=129', r'latent_dim \(129\) must be at most 128'), ('--topk=1', 'argument --to'),
+    ('--latent_dim=129', r'latent_dim \(129\) must be at most 128'), ('--topk=1', 'arguments: --to'),
     ('--method=paper --latent_dim=1', r'latent_dim \(1\) must leave keys and values'),
     ('--plan --dtype=float64', r'dtype \(float64\) must be bfloat16 or float32 with --plan'),
     ('--compress_last=False --n_layer=1', 'leaves nothing to compress when n_layer is 1'),
@@ -978,7 +972,7 @@ def test_a_pipe_that_nobody_reads(tmp_path):
     ('--init_from=resume', 'ckpt.pt does not exist: change --init_from or --out_dir'),
     ('--data=no/such', "no file matches 'no/such'"),
     (f'--out_dir={__file__}/x', r'x cannot .* made \(Not a directory\): change .*--out_dir'),
-    ('--data=/', r'/ is a folder, whose files are /\*: change --data or --val_data'),
+    ('--data=/', r"no file matches '/', .* folder are /\*\): change --data or --val_data"),
     (f'--data={__file__} --val_data={__file__}', r"validation data share {'/.*py'}: change --data"),
     (f'--val_data={__file__} --block_size=1600000', r'part\): change --block_size or --val_data'),
     (f'--data=needle --val_data={__file__}', 'must be empty with --data=needle'),
@@ -988,7 +982,7 @@ def test_a_pipe_that_nobody_reads(tmp_path):
     ('--plan --cp=3', r'n_chunks \(16\) must be a multiple of 2 \* cp \(6\): change --n_chunks'),
     ('--rehearse=1', r'rehearse \(1\) must be 0 or at least 2'),
     ('--rehearse=4 --cp=2', r'cp \(2\) must be 0 or rehearse \(4\)'),
-    ('--rehearse=8 --n_chunks=8', r'rehearse \(8\) must be a divisor of n_chunks / 2 \(4\): ch')))
+    ('--rehearse=8 --n_chunks=8', r'n_chunks \(8\) must be a multiple of 2 \* cp \(16\): ch')))
 def test_bad_flags_are_refused(argv, message, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
     with pytest.raises(SystemExit, match=message):
@@ -1288,10 +1282,13 @@ def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
 
 def report_weights(rank):
     """Every rank says at the end what its weights are."""
-    def report(log, at):
-        total = sum(p.double().sum() for p in log.model.parameters())
+    original = train.train
+
+    def reporting(c, model, *others):
+        original(c, model, *others)
+        total = sum(p.double().sum() for p in model.parameters())
         print('weights', total.item().hex(), flush=True)
-    train.Log.say_summary = report
+    train.train = reporting
 
 
 def test_weights_averaged_every_few_steps(reference_run, tmp_path):
@@ -1335,7 +1332,8 @@ def test_gradients_in_few_bits(reference_run, tmp_path):
 # -----------------------------------------------------------------------------
 # train.py: nothing is lost
 
-def test_resume_is_bit_equal(reference_run, tmp_path, capfd, monkeypatch):
+def test_resume_is_bit_equal(reference_run, tmp_path, capfd):
+    handler = signal.getsignal(signal.SIGTERM)
     small_run(tmp_path, '--max_iters=6')
     with open(tmp_path / 'log.jsonl', 'ab') as f:  # a foreign hand; and as a killed run leaves it
         f.write(b'[1]\n{"epoch": 3}\nnot JSON\n{"iter": 7, "lo\xff\n')
@@ -1344,16 +1342,13 @@ def test_resume_is_bit_equal(reference_run, tmp_path, capfd, monkeypatch):
     assert_same_log(read_log(tmp_path), expected['records'])
     started = [(r['iter'], r['config']['max_iters']) for r in read_log(tmp_path, configs=True)]
     assert started == [(0, 6), (6, 12)] and resumed['val_loss'] == expected['val_loss']
-    said, handler = capfd.readouterr().out, signal.getsignal(signal.SIGTERM)
+    said = capfd.readouterr().out
     assert 'the codec goes on' in said and 'raise --max_iters' not in said
     small_run(tmp_path, '--init_from=resume')
     assert 'at iteration 12 of 12; to go on, raise --max_iters' in capfd.readouterr().out
     for flag, saved in (('--n_embd=64', 32), ('--preset=124m', 'tiny')):
         with pytest.raises(SystemExit, match=f'{flag} differs from the checkpoint, .* {saved}'):
             small_run(tmp_path, '--init_from=resume', flag)
-    monkeypatch.setattr(train, 'train', lambda *run: 1 / 0)  # in a notebook
-    with pytest.raises(ZeroDivisionError):
-        small_run(tmp_path)
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
@@ -1390,7 +1385,6 @@ def test_resume_with_other_options(reference_run, tmp_path, capfd):
     del checkpoint['config']['prompt']  # as if this flag were newer
     torch.save(dict(checkpoint, best_val_loss=0.0), path)
     evaluated = resumed('--eval_only')['val_loss']
-    assert "no --prompt, which is newer: it is 'def '" in capfd.readouterr().out
     best = resumed('--max_iters=14', '--always_save_checkpoint=False')
     assert evaluated == best['records'][0]['val_loss'] != found
     assert train.load_checkpoint(path)['iter_num'] == 12  # none is better than 0
@@ -1478,30 +1472,20 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
 
 
 def on_a_machine_of_its_own(rank):
-    """torchrun started one process here, and set no threads."""
+    """torchrun started one process here."""
     os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')
-    os.environ.pop('OMP_NUM_THREADS', None)
-    torch.set_num_threads(7)
-
-    def report(log, at):
-        print(torch.get_num_threads(), 'threads', flush=True)
-    train.Log.say_summary = report
 
 
-def test_two_starts(tmp_path, monkeypatch):
-    """Of torchrun: cores are shared, the second says where the log is. Of runs: refused."""
+def test_two_starts(tmp_path):
+    """Of torchrun: the second says where the log is. Of runs: refused."""
     codes, said = run_ranks(2, tmp_path, *SMALL, sabotage=(on_a_machine_of_its_own,))
-    assert codes == [0, 0] and '3 threads' in said[0], said
-    sentence = f'rank 1 of 2, on .*; rank 0, on .*, says .*, and logs it there in {tmp_path}'
-    assert re.fullmatch(sentence + '\n3 threads\n', said[1]), said
+    sentence = f'rank 1 of 2: rank 0, on 127.0.0.1, says .*, and logs it there in {tmp_path}\n'
+    assert codes == [0, 0] and re.fullmatch(sentence, said[1]), said
     log = (tmp_path / 'log.jsonl').read_bytes()
     with open(tmp_path / 'lock') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         with pytest.raises(SystemExit, match='another run writes to .*: change --out_dir'):
             small_run(tmp_path)
-    monkeypatch.setenv('SLURM_NTASKS', '2')
-    with pytest.raises(SystemExit, match='without torchrun each of 2 SLURM tasks is a run of its'):
-        small_run(tmp_path)
     assert (tmp_path / 'log.jsonl').read_bytes() == log
 
 
@@ -1644,22 +1628,14 @@ def test_there_is_always_a_whole_checkpoint(tmp_path, capfd, monkeypatch):
 def test_bad_checkpoints_are_refused(reference_run, tmp_path):
     whole, path = (reference_run[0] / 'ckpt.pt').read_bytes(), tmp_path / 'ckpt.pt'
     checkpoint = torch.load(reference_run[0] / 'ckpt.pt', weights_only=True)
-    wrong = dict(checkpoint['model'], **{'wte.weight': torch.ones(256, 16)})
-    changes = ({'model': wrong}, {'model': {}}, {'optimizer': {}},
-               {'optimizer': {'state': {}, 'param_groups': []}})
-    for message, contents in (
-            ('is damaged, or no checkpoint', (
-                whole[:len(whole) // 2], b'', b'something else', Path('code that must not run'),
-                torch.ones(3), {'model': {}})),
-            ('was saved with --a, --b, which this version .*does not have', [
-                {**checkpoint, 'config': {**checkpoint['config'], 'b': 1, 'a': 2}}]),
-            ('does not fit the model', [{**checkpoint, **change} for change in changes])):
-        for content in contents:
-            torch.save(content, path)
-            if isinstance(content, bytes):
-                path.write_bytes(content)
-            with pytest.raises(SystemExit, match='ckpt.pt ' + message):
-                small_run(tmp_path, '--init_from=auto')
+    of_another_version = {**checkpoint, 'config': {**checkpoint['config'], 'a': 1}}
+    for content in (whole[:len(whole) // 2], b'', b'something else', Path('code that must not run'),
+                    torch.ones(3), {'model': {}}, of_another_version):
+        torch.save(content, path)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        with pytest.raises(SystemExit, match='ckpt.pt is damaged, or no checkpoint'):
+            small_run(tmp_path, '--init_from=auto')
 
 
 # -----------------------------------------------------------------------------

@@ -10,8 +10,6 @@ sent, ring.py the wire.
 """
 import argparse
 import copy
-import dataclasses
-import difflib
 import errno
 import fcntl
 import glob
@@ -27,7 +25,7 @@ import time
 import zlib
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -129,9 +127,7 @@ MODEL_FLAGS = [f.name for f in fields(GPTConfig)]
 HERE_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'recompute',
               'timeout_s', 'link_mbps', 'latency_ms')
 
-PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, datasheets, for the MFU
 STATE = dict(iter_num=0, tokens=0, seconds=0.0, best_val_loss=math.inf, data=())  # at the start
-MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which a run stops
 
 
 def fail(message):
@@ -142,41 +138,36 @@ def fail(message):
     sys.exit(f'train.py: {message}')
 
 
-def speak(text, stream=None):
+def speak(text):
     """Above the bar, if there is one. When nobody reads on, as with `| head`: as on SIGTERM."""
     try:
-        tqdm.write(text, stream)
+        tqdm.write(text)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         signal.raise_signal(signal.SIGTERM)
 
 
 def complain(text):
-    speak(f'train.py: {text}', sys.stderr)
+    tqdm.write(f'train.py: {text}', sys.stderr)
 
 
 def parse_flags(argv):
     """--key=value or --key value -> {key: value} of the flags on the command line, or exits."""
     parser = argparse.ArgumentParser(prog='train.py', usage='train.py [--flag=value ...]',
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error, booleans = fail, {'true': True, '1': True, 'false': False, '0': False}
+    parser.error = lambda message: fail(f'{message}; --help lists all flags, as --key=value')
+    booleans = {'true': True, '1': True, 'false': False, '0': False}
     for config in (RunConfig, GPTConfig):
         group = parser.add_argument_group(config.__name__)
         comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(config), re.M))
         for f in fields(config):
-            how = dict(type=f.type, choices=CHOICES.get(f.name))
+            options = dict(type=f.type, choices=CHOICES.get(f.name))
             if f.type is bool:  # --flag alone is true
-                how = dict(type=lambda text: booleans.get(text.lower(), text), nargs='?',
-                           const=True, choices=(True, False))
+                options = dict(type=lambda text: booleans.get(text.lower(), text), nargs='?',
+                               const=True, choices=(True, False))
             text = f'{comments.get(f.name, "")} [{f.default}]'.replace('%', '%%')
-            group.add_argument(f'--{f.name}', metavar=f.type.__name__.upper(), help=text, **how)
-    flags, unknown = parser.parse_known_args(argv)
-    if unknown:
-        key = unknown[0].split('=')[0]
-        near = difflib.get_close_matches(key.lstrip('-'), DEFAULTS, n=1, cutoff=0.8)
-        advice = f'the nearest flag is --{near[0]}' if near else '--help lists all, as --key=value'
-        fail(f'unknown argument {key}; {advice}')
-    return vars(flags)
+            group.add_argument(f'--{f.name}', metavar=f.type.__name__.upper(), help=text, **options)
+    return vars(parser.parse_args(argv))
 
 
 def parse_config(argv):
@@ -197,8 +188,7 @@ def parse_config(argv):
     path = Path(config['out_dir'], 'ckpt.pt')
     if config['init_from'] == 'resume' or config['init_from'] == 'auto' and path.exists():
         checkpoint = load_checkpoint(path)
-        saved = {**DEFAULTS, **checkpoint['config']}  # it may lack a flag added since
-        fixed = {*MODEL_FLAGS, 'preset', 'method'} - {*HERE_FLAGS}
+        saved, fixed = checkpoint['config'], {*MODEL_FLAGS, 'preset', 'method'} - {*HERE_FLAGS}
         for name in flags.keys() & fixed:
             check(flags[name] == saved[name], f'--{name}={flags[name]} differs from the '
                   f'checkpoint, which has {saved[name]}', name, 'out_dir')
@@ -225,14 +215,11 @@ def check_values(c):
               f'{f.name} ({value}) must be at least {lowest} and below 2^63', f.name)
     model_config(c)
     for name, holds, must_be in (
-            ('beta1', c.beta1 < 1, 'below 1'), ('beta2', c.beta2 < 1, 'below 1'),
             ('min_lr', c.min_lr <= c.learning_rate, f'at most learning_rate ({c.learning_rate})'),
             ('val_data', c.data != 'needle' or not c.val_data, 'empty with --data=needle'),
             ('n_chunks', c.data != 'needle' or c.n_chunks % 2 == 0, 'even with --data=needle'),
             ('dtype', not c.plan or c.dtype != 'float64', 'bfloat16 or float32 with --plan'),
             ('tflops', c.tflops > 0, 'above 0'), ('rehearse', c.rehearse != 1, '0 or at least 2'),
-            ('rehearse', not c.rehearse or c.n_chunks % (2 * c.rehearse) == 0,
-             f'a divisor of n_chunks / 2 ({c.n_chunks / 2:g})'),
             ('cp', not c.rehearse or c.cp in (0, c.rehearse), f'0 or rehearse ({c.rehearse})'),
             ('warm_start', c.send == 'local' or not 0 < c.max_iters <= c.warm_start,
              f'below max_iters ({c.max_iters}), or it never ends'),
@@ -266,29 +253,22 @@ def read_tokens(path):
         return np.memmap(path, np.uint8, 'r')
     size, header = os.path.getsize(path), np.fromfile(path, np.int32, count=3).tolist()
     check(size % 2 == 0, f'{path} has an odd number of bytes ({size})', 'data', 'val_data')
-    if len(header) == 3 and header[0] in HEADERS:
-        version, dtype = HEADERS[header[0]]
-        n_tokens = max(0, size - 1024) // dtype().itemsize
-        check(header[1:] == [version, n_tokens] and n_tokens, f'{path} has header version '
-              f'{header[1]} and {header[2]} tokens, but must have {version} and, by its size, '
-              f'{n_tokens} tokens', 'data', 'val_data')
-        return np.memmap(path, dtype, 'r', offset=1024)
-    tokens = np.memmap(path, np.uint16, 'r')
-    lower, upper = tokens[:2000:2], tokens[1:2000:2]
-    check(size < 200 or upper.max() > 3 or lower.max() <= 3, f'{path} seems to hold uint32 tokens; '
-          'without a header uint16 are read', 'data', 'val_data')
-    return tokens
+    if len(header) < 3 or header[0] not in HEADERS:
+        return np.memmap(path, np.uint16, 'r')
+    version, dtype = HEADERS[header[0]]
+    n_tokens = max(0, size - 1024) // dtype().itemsize
+    check(header[1:] == [version, n_tokens] and n_tokens, f'{path} has header version {header[1]} '
+          f'and {header[2]} tokens, but must have {version} and, by its size, {n_tokens} tokens',
+          'data', 'val_data')
+    return np.memmap(path, dtype, 'r', offset=1024)
 
 
 def read_all(pattern):
     """A file, or all files that match a glob (** is any depth), but empty ones."""
-    check(not os.path.isdir(pattern), f'{pattern} is a folder, whose files are '
-          f'{os.path.join(pattern, "*")}', 'data', 'val_data')
-    paths = [pattern]
-    if not os.path.exists(pattern):
-        paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-    paths = [path for path in paths if os.path.getsize(path)]
-    check(paths, f'no file matches {pattern!r}, or it is empty', 'data', 'val_data')
+    paths = [path for path in sorted(glob.glob(pattern, recursive=True))
+             if os.path.isfile(path) and os.path.getsize(path)]
+    check(paths, f'no file matches {pattern!r}, or it is empty (the files of a folder are '
+          f'{os.path.join(pattern, "*")})', 'data', 'val_data')
     return [read_tokens(path) for path in paths]
 
 
@@ -379,62 +359,46 @@ class Batches:
 # -----------------------------------------------------------------------------
 # Sizing a run before renting machines
 
-def dry_run(P, config, batch_size, n_tokens, dtype):
+def estimate(argv, P):
     """
-    A step of one of P ranks that holds n_tokens of each sequence, with tensors that have no numbers
-    -> bytes received forward, backward; FLOPs of all but attention.
+    An iteration of one of P ranks, with tensors that have no numbers -> bytes of the ring forward,
+    backward, of the sync; FLOPs of the model without attention, of attention, of the codec.
     """
-    ring = Rehearsal(P)
-    with FakeTensorMode(), torch.autocast('cpu', torch.bfloat16, enabled=dtype != 'float32'):
-        model = GPT(config, ring)
-        idx = torch.zeros(batch_size, P * n_tokens, dtype=torch.int64)
+    c, _ = parse_config(argv)
+    ring, n = Rehearsal(P), c.gradient_accumulation_steps
+    with FakeTensorMode(), torch.autocast('cpu', torch.bfloat16, enabled=c.dtype != 'float32'):
+        model = GPT(replace(model_config(c), compile=False), ring)
+        idx = torch.zeros(c.batch_size, c.block_size, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             model(idx, idx)[1].backward()
-    flops = sum(n for operator, n in counter.get_flop_counts()['Global'].items()
-                if 'attention' not in str(operator))
-    return ring.meter['received_fwd'], ring.meter['received_bwd'], flops
-
-
-def estimate(c, P, ulysses):
-    """
-    What an iteration is to one of P ranks -> bytes of the ring forward, backward, of the sync;
-    FLOPs of the model, its attention, the codec.
-    """
-    config = dataclasses.replace(model_config(c), compile=False)
-    n_sequences, n_tokens = c.batch_size * c.gradient_accumulation_steps, c.block_size // P
-    args = config, c.batch_size, n_tokens, c.dtype
-    fwd, bwd, flops = dry_run(min(P, 2), *args)
-    if P > 2:  # bytes and FLOPs grow by the same with every rank
-        fwd, bwd = fwd * (P - 1), bwd * (P - 1)
-        flops += (dry_run(4, *args)[2] - flops) * (P - 2) // 2
-    fwd, bwd, flops = (n * c.gradient_accumulation_steps for n in (fwd, bwd, flops))
-    if ulysses:  # queries and outputs change hands too, but only a rank's share of the heads
-        fwd = bwd = fwd * (1 + config.n_head / config.n_kv_head) / P
-    with torch.device('meta'):
-        model = GPT(config)
-    model.set_send(c.send if c.send in ('local', 'full') else 'codec')
+    counts = counter.get_flop_counts()['Global'].items()
+    flops = sum(count for operator, count in counts if 'attention' not in str(operator))
     n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sync = average_bytes(n_params, 4, P, c.sync_dtype) / c.sync_every
-    span = config.chunk_size if c.send == 'local' else c.block_size
-    attention = 6 * c.n_layer * c.n_embd * span * n_sequences * n_tokens
-    of_model = model.flops_per_token() * n_sequences * n_tokens - attention
-    return fwd, bwd, sync, of_model, attention, flops - of_model
+    n_tokens, span = c.batch_size * c.block_size // P, c.block_size
+    if c.send == 'local':
+        span = model.config.chunk_size
+    attention = 6 * c.n_layer * c.n_embd * span * n_tokens
+    of_model = model.flops_per_token() * n_tokens - attention
+    return (n * ring.meter['received_fwd'], n * ring.meter['received_bwd'], sync,
+            n * of_model, n * attention, n * (flops - of_model))
 
 
 def plan(argv):
     """What a rank would receive and compute, and how fast, with these flags and with others."""
     c, _ = parse_config(argv)
-    P = c.rehearse or c.cp or 8
-    tokens = c.batch_size * c.gradient_accumulation_steps * c.block_size
+    P, config = c.rehearse or c.cp or 8, model_config(c)
     check_chunks(c.n_chunks, P)
-    rows = {'--send=full': '--send=full'}
-    if c.n_head % P == (c.n_kv_head or c.n_head) % P == 0:  # each rank has some of the heads
-        rows['Ulysses'] = '--send=full'
+    tokens = c.batch_size * c.gradient_accumulation_steps * c.block_size
+    costs = {'--send=full': estimate([*argv, '--send=full'], P)}
+    if c.n_head % P == config.n_kv_head % P == 0:  # each rank has some of the heads
+        # queries and outputs change hands too, but only a rank's share of the heads
+        fwd, bwd, *others = costs['--send=full']
+        fwd = fwd * (1 + c.n_head / config.n_kv_head) / P
+        costs['Ulysses'] = fwd, fwd, *others
     if c.n_layer > 1:  # the paper leaves out the last layer
-        rows['--method=paper'] = '--method=paper --send=paper'
-    rows['this configuration'] = ''
-    costs = {name: estimate(parse_config([*argv, *flags.split()])[0], P, name == 'Ulysses')
-             for name, flags in rows.items()}
+        costs['--method=paper'] = estimate([*argv, '--method=paper', '--send=paper'], P)
+    costs['this configuration'] = estimate(argv, P)
     speak(f'{P} ranks of {c.tflops:g} TFLOP/s, {tokens:,} tokens an iteration. Computed: what a '
           'rank receives in it;\nthe arithmetic of the codec, as a share of model and attention; '
           'tokens/s, if exchanges hide under\nattention, and the sync under nothing.')
@@ -442,14 +406,12 @@ def plan(argv):
         s = 8e-6 / mbps  # seconds a byte
         speak(f'\n{f"at {mbps:g} Mbit/s":<20}{"ring, MB":>10}{"sync, MB":>10}{"ring, s":>10}'
               f'{"sync, s":>10}{"compute, s":>12}{"codec":>8}{"tokens/s":>12}')
-        for name, (fwd, bwd, sync, of_model, attention, of_codec) in costs.items():
+        for name, (fwd, bwd, sync, *flops) in costs.items():
+            of_model, attention, of_codec = (n / c.tflops / 1e12 for n in flops)  # seconds
             # A layer's exchange can hide under its attention alone, of which two sevenths are
             # forward (4 of 14 T^2 H hd), and under all but one shard of that: the last to arrive,
-            # or the first to have a gradient. Ulysses' attention waits. The sync hides under
-            # nothing.
+            # or the first to have a gradient. Ulysses' attention waits.
             after = 1 if name == 'Ulysses' else 1 / P
-            of_model, attention, of_codec = (
-                n / c.tflops / 1e12 for n in (of_model, attention, of_codec))  # seconds
             seconds = of_model + of_codec + sync * s + sum(
                 max(attention * share, n_bytes * s + attention * share * after)
                 for n_bytes, share in ((fwd, 2 / 7), (bwd, 5 / 7)))
@@ -471,8 +433,6 @@ class World:
     def __init__(self, c):
         env, n = os.environ, c.gradient_accumulation_steps
         self.rank, self.n_processes = int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1))
-        check('WORLD_SIZE' in env or env.get('SLURM_NTASKS', '1') == '1', 'without torchrun each '
-              f'of {env.get("SLURM_NTASKS")} SLURM tasks is a run of its own', 'ntasks')
         check(not c.rehearse or self.n_processes == 1, f'rehearse ({c.rehearse}) is for one '
               f'process, and there are {self.n_processes}', 'rehearse', 'nproc_per_node')
         self.world_size = c.rehearse or self.n_processes
@@ -535,9 +495,8 @@ class World:
             dist.init_process_group('nccl' if cuda else 'gloo', store=self.store, rank=self.rank,
                                     world_size=self.world_size, timeout=timeout,
                                     device_id=self.device if cuda else None)
-            everyone, hosts = [None] * self.world_size, [None] * self.world_size
+            everyone = [None] * self.world_size
             dist.all_gather_object(everyone, facts)
-            dist.all_gather_object(hosts, os.uname().nodename)
             group, _ = dist.new_subgroups(self.cp, timeout=timeout)
         except (RuntimeError, OSError) as e:
             reason = str(e).splitlines()[0][:200]
@@ -551,12 +510,9 @@ class World:
                     raise ValueError(f'rank {other} has {name} {theirs[name]}, and rank 0 has '
                                      f'{value}: they must be the same')
         self.ring = Ring(group, self.ring.link)
-        if 'OMP_NUM_THREADS' not in env:  # torchrun counts only the processes that it started
-            n_here = hosts.count(hosts[self.rank])
-            torch.set_num_threads(max(1, torch.get_num_threads() // n_here))
-        if not self.master and env.get('LOCAL_RANK') == '0':
-            speak(f'rank {self.rank} of {self.world_size}, on {hosts[self.rank]}; rank 0, on '
-                  f'{hosts[0]}, says the rest, and logs it there in {c.out_dir}')
+        if not self.master and env.get('LOCAL_RANK') == '0':  # the first of another machine
+            speak(f'rank {self.rank} of {self.world_size}: rank 0, on {env["MASTER_ADDR"]}, says '
+                  f'the rest, and logs it there in {c.out_dir}')
 
     def stop(self, signum, frame):
         """On a signal: stop after a step. A second one ends the process at once."""
@@ -603,7 +559,7 @@ class World:
 # -----------------------------------------------------------------------------
 # What a run starts from, and what it keeps
 
-def replace(path, write):
+def write_whole(path, write):
     """Write a file beside the old one and rename it: there is a whole one at every moment."""
     temporary = path.with_suffix('.tmp')
     try:
@@ -622,13 +578,13 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         checkpoint = {key: checkpoint[key] for key in ('model', 'optimizer', 'config', *STATE)}
-        gone = sorted(checkpoint['config'].keys() - DEFAULTS.keys())
+        gone = checkpoint['config'].keys() - DEFAULTS.keys()
+        assert not gone, f'unknown flags {gone}'
+        checkpoint['config'] = {**DEFAULTS, **checkpoint['config']}  # a flag may have come since
+        return checkpoint
     except Exception as e:  # whatever a damaged or foreign file makes of it
         raise ValueError(f'{path} is damaged, or no checkpoint of this version of the code '
                          f'({e!r:.99}): change --init_from or --out_dir') from e
-    check(not gone, f'{path} was saved with --{", --".join(gone)}, which this version of the code '
-          'does not have', 'init_from', 'out_dir')
-    return checkpoint
 
 
 def build(c, world, checkpoint):
@@ -646,52 +602,38 @@ def build(c, world, checkpoint):
             optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p),
                                       exp_avg_sq=torch.zeros_like(p))
     if checkpoint:
-        fresh = optimizer.state_dict()
-        try:
-            model.load_state_dict(checkpoint['model'])
-            state = checkpoint['optimizer']['state']
-            if state.keys() != fresh['state'].keys():
-                raise ValueError('other parameters')
-            optimizer.load_state_dict({**fresh, 'state': state})  # with this run's options
-        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as e:
-            raise ValueError(
-                f'{Path(c.out_dir) / "ckpt.pt"} does not fit the model that its own flags describe '
-                f'({str(e).split(":")[0]}): change --init_from or --out_dir') from e
+        model.load_state_dict(checkpoint['model'])
+        state = checkpoint['optimizer']['state']
+        optimizer.load_state_dict({**optimizer.state_dict(), 'state': state})  # our own options
     world.broadcast(model.parameters(), 'the first weights')
     return model, optimizer
 
 
-def averaged(optimizer, world):
-    """The optimizer's state, of which AdamW's moments are the means over all ranks."""
-    state = copy.deepcopy(optimizer.state_dict())
-    average([t for moments in state['state'].values() for t in moments.values()], world.ring)
-    return state
-
-
 def save(c, model, optimizer, world, at):
     """
-    A checkpoint of this moment: one model, the same on all ranks, and one optimizer. -> whether it
-    was written.
+    A checkpoint of this moment: one model, the same on all ranks, and one optimizer, whose moments
+    are means over all ranks. -> whether it was written.
     """
-    state = averaged(optimizer, world) if c.sync_every > 1 else optimizer.state_dict()
-    written = f'checkpoint {at.iter_num}'
+    state, key = optimizer.state_dict(), f'checkpoint {at.iter_num}'
+    if c.sync_every > 1:  # else they are the same
+        state = copy.deepcopy(state)
+        average([t for moments in state['state'].values() for t in moments.values()], world.ring)
     if not world.master:  # writing may take longer than a silent peer is waited for
         with waiting('rank 0', 'saving a checkpoint'):
-            world.store.wait([written], timedelta(minutes=10))
-        return world.store.get(written) == b'written'
-    path, checkpoint, result = Path(c.out_dir, 'ckpt.pt'), {
-        'model': model.state_dict(), 'optimizer': state, 'config': vars(c),
-        'model_args': vars(model.config),  # GPTConfig(**model_args) is the model, as in nanoGPT
-        **vars(at)}, 'written'
+            world.store.wait([key], timedelta(minutes=10))
+        return world.store.get(key) == b'written'
+    path, result = Path(c.out_dir, 'ckpt.pt'), 'written'
+    checkpoint = {'model': model.state_dict(), 'optimizer': state, 'config': vars(c), **vars(at),
+                  'model_args': vars(model.config)}  # GPTConfig(**model_args), as in nanoGPT
     try:
-        replace(path, lambda f: torch.save(checkpoint, f))
+        write_whole(path, lambda f: torch.save(checkpoint, f))
         world.tell(at.iter_num, f'saved {path}')
     except (OSError, RuntimeError) as e:  # torch has its own words for a disk that is full
         result = 'failed'
         complain(f'could not write {path} ({str(e.args[-1]).splitlines()[0]}); the checkpoint '
                  'before it, if there is one, is untouched')
     if world.store:
-        world.store.set(written, result)
+        world.store.set(key, result)
     return result == 'written'
 
 
@@ -703,13 +645,15 @@ class Log:
 
     def __init__(self, c, model, world, at):
         """Of a log that is there, records of iterations before this one stay. Raises OSError."""
-        self.c, self.model, self.world, self.records, self.skipped = c, model, world, [], []
+        self.world, self.records = world, []
         self.first = self.last = at.iter_num, at.seconds, Counter()  # at the start, the last line
-        self.losses, self.compression = [], None  # since the last line; as last said
-        # what a rank receives in an iteration uncompressed: KV; KV again, and its gradient
-        n = c.n_layer * c.batch_size * world.n_micro * c.block_size * (world.cp - 1) // world.cp
-        d = model.config.n_kv_head * model.config.head_dim
-        self.n_received, self.full = n, n * 3 * 2 * d * world.dtype.itemsize
+        self.losses = []  # since the last line
+        self.skipped = self.skipped_in_a_row = 0
+        # what a rank receives in an iteration: so many pairs of a token and a layer; uncompressed
+        # of each keys and values, these again, and their gradient
+        self.n_received = c.n_layer * world.tokens // world.dp * (world.cp - 1) // world.cp
+        width = model.config.n_kv_head * model.config.head_dim
+        self.uncompressed = self.n_received * 3 * 2 * width * world.dtype.itemsize
         total = at.tokens + (c.max_iters - at.iter_num) * world.tokens
         self.bar = world.bar(total=total, initial=at.tokens, unit='tok', unit_scale=True)
         self.path, self.lock = Path(c.out_dir, 'log.jsonl'), nullcontext()
@@ -721,11 +665,11 @@ class Log:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:  # where no file can be locked, none is
                 check(e.errno != errno.EWOULDBLOCK, f'another run writes to {c.out_dir}', 'out_dir')
-            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-            records = [re.fullmatch(rb'{"iter": (\d+),.*}', line) for line in lines]
-            kept = [r[0] + b'\n' for r in records if r and int(r[1]) < at.iter_num]
+            old = self.path.read_bytes() if self.path.exists() else b''
+            lines = re.finditer(rb'^{"iter": (\d+),.*}\n', old, re.MULTILINE)
+            kept = [line[0] for line in lines if int(line[1]) < at.iter_num]
             config = self.line({'iter': at.iter_num, 'config': vars(c)})
-            replace(self.path, lambda f: f.writelines([*kept, config]))
+            write_whole(self.path, lambda f: f.writelines([*kept, config]))
 
     @staticmethod
     def line(record):  # JSON has neither NaN nor infinity: null
@@ -742,13 +686,19 @@ class Log:
             except OSError as e:
                 complain(f'could not write {self.path} ({e.strerror})')
 
-    def skip(self, it):
-        """A step without a finite gradient was left out. Ten in a row end the run."""
-        self.skipped.append(it)
+    def add(self, it, loss, grad_norm):
+        """A step is over: left out if its gradient is not finite. Ten such in a row are enough."""
+        self.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
+        self.bar.update(self.world.tokens)
+        if math.isfinite(grad_norm):
+            self.losses.append(loss)
+            self.skipped_in_a_row = 0
+            return
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         complain(f'rank {self.world.rank}, iter {it}: the gradient is not finite, step skipped')
-        if self.skipped[-MAX_SKIPPED:] == list(range(it + 1 - MAX_SKIPPED, it + 1)):
-            fail(f'no finite gradient in {MAX_SKIPPED} steps up to iteration {it}; the last '
-                 'checkpoint, if there is one, is from before them: lower --learning_rate')
+        if self.skipped_in_a_row == 10:
+            fail(f'no finite gradient in 10 steps up to iteration {it}; the last checkpoint, if '
+                 'there is one, is from before them: lower --learning_rate')
 
     def step(self, at, before, **more):
         """Say what happened since the last line, and -> it. before: the meter before the step."""
@@ -759,23 +709,16 @@ class Log:
         iter_num, seconds, meter_then = self.last
         dt = (at.seconds - seconds) / (at.iter_num - iter_num)
         text = f'loss {loss:.4f}, {dt * 1000:>6,.0f} ms, {world.tokens / dt:>9,.0f} tok/s'
-        gpu = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else ''
-        for name, flops in PEAK_FLOPS.items():
-            if name in gpu:
-                n_sequences, flops = world.tokens // self.c.block_size, world.world_size * flops
-                text += f', mfu {self.model.estimate_mfu(n_sequences, dt, flops):5.1%}'
-        world.tell(at.iter_num - 1, text)
         step, sync = meter - before, meter - meter_then  # syncs: since the last line
         fwd, bwd = step['received_fwd'], step['received_bwd']
-        compression = 1 - (fwd + bwd) / self.full if fwd else None
-        if compression not in (None, self.compression):  # said when it changes
-            self.compression, n = compression, self.n_received
-            world.tell(at.iter_num - 1, f'received {fwd / n:.0f} + {bwd / n:.0f} bytes a token and '
-                       f'layer, forward + backward: {compression:.1%} less than uncompressed')
+        compression = 1 - (fwd + bwd) / self.uncompressed if fwd else None
+        if fwd:
+            text += (f', received {fwd / self.n_received:.0f} + {bwd / self.n_received:.0f} bytes '
+                     f'a token and layer ({compression:.1%} less)')
+        world.tell(at.iter_num - 1, text)
         self.losses, self.last = [], (at.iter_num, at.seconds, Counter(meter))
-        return {'loss': loss, **more, 'skipped': len(self.skipped),
-                'tokens': at.tokens, 'seconds': round(at.seconds, 3),
-                'compression': compression,
+        return {'loss': loss, **more, 'skipped': self.skipped, 'tokens': at.tokens,
+                'seconds': round(at.seconds, 3), 'compression': compression,
                 **{k: step[k] for k in ('sent_fwd', 'received_fwd', 'sent_bwd', 'received_bwd')},
                 **{k: sync[k] for k in ('sent_sync', 'received_sync')}}
 
@@ -785,9 +728,10 @@ class Log:
         if n:
             world.say(f'{n} iterations, {n * world.tokens:,} tokens in {seconds:.0f}s')
         if n and world.world_size > 1:
-            ring, full = meter['sent_fwd'] + meter['sent_bwd'], n * self.full
-            world.say(f'rank {rank} sent {ring / 1e6:,.1f} MB over the ring (uncompressed: '
-                      f'{full / 1e6:,.1f}) and {meter["sent_sync"] / 1e6:,.1f} MB for syncs')
+            ring = (meter['sent_fwd'] + meter['sent_bwd']) / 1e6
+            world.say(f'rank {rank} sent {ring:,.1f} MB over the ring (uncompressed: '
+                      f'{n * self.uncompressed / 1e6:,.1f}) and {meter["sent_sync"] / 1e6:,.1f} MB '
+                      'for syncs')
         if world.device.type == 'cuda':
             peak = torch.cuda.max_memory_allocated() / 1e9
             world.say(f'peak memory of rank {rank}: {peak:.2f} GB')
@@ -811,20 +755,22 @@ def describe(c, model, batches, world, at, checkpoint):
     if checkpoint:
         advice = '; to go on, raise --max_iters' if at.iter_num >= c.max_iters else ''
         say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}{advice}')
-        for name in sorted(DEFAULTS.keys() - checkpoint['config'].keys()):
-            say(f'the checkpoint has no --{name}, which is newer: it is {getattr(c, name)!r}')
-        was = argparse.Namespace(**{**DEFAULTS, **checkpoint['config']})
-        rates = [f'learning rate {learning_rate(at.iter_num, x):.3g}' for x in (was, c)]
-        for before, now in zip([rates[0], *checkpoint['data']], [rates[1], *at.data]):
-            if before != now:
-                say(f'not as before: {now}; the checkpoint has {before}')
+        saved = argparse.Namespace(**checkpoint['config'])
+        before = f'learning rate {learning_rate(at.iter_num, saved):.3g}', *checkpoint['data']
+        now = f'learning rate {learning_rate(at.iter_num, c):.3g}', *at.data
+        for old, new in zip(before, now):
+            if old != new:
+                say(f'not as before: {new}; the checkpoint has {old}')
 
 
 # -----------------------------------------------------------------------------
 # The run: what is sent when, validation, the loop, and all of it from flags to the end
 
-def learning_rate(it, c):
+def learning_rate(it, c, codec=False):
     """Linear warm-up, then cosine decay to min_lr (nanoGPT's schedule)."""
+    if codec:  # it starts well, and AdamW's first steps would spoil it: its rate rises once more
+        rise = min(1, max(0, it - c.warm_start + 1) / (c.warmup_iters + 1))
+        return learning_rate(it, c) * c.codec_lr * rise
     if it < c.warmup_iters:
         return c.learning_rate * (it + 1) / (c.warmup_iters + 1)
     end = c.lr_decay_iters or c.max_iters
@@ -891,48 +837,48 @@ def sample(c, model, world):
     world.say('--- sample\n' + bytes(idx[0].tolist()).decode(errors='replace'))
 
 
+def validate_and_save(c, model, optimizer, batches, world, log, at):
+    """Validation, whose bytes do not count, and a checkpoint if one is due -> what the log has."""
+    meter, world.ring.meter = world.ring.meter, Counter()
+    record = validate(c, model, batches, world, at.iter_num)
+    world.ring.meter, loss = meter, record['val_loss']
+    wanted = c.always_save_checkpoint or loss < at.best_val_loss
+    at.best_val_loss = min(at.best_val_loss, loss)
+    if wanted and at.iter_num > log.first[0]:  # something is new
+        world.saved = math.isfinite(loss) and save(c, model, optimizer, world, at)
+    return record
+
+
 def train(c, model, optimizer, batches, world, log, at):
     """The loop: until max_iters, or a signal to stop. Changes `at`, model and optimizer."""
-    params, meter = [p for p in model.parameters() if p.requires_grad], world.ring.meter
+    params, loss_of = [p for p in model.parameters() if p.requires_grad], None
     # at a sync: only then do all ranks have the same weights
     eval_interval = c.sync_every * math.ceil(c.eval_interval / c.sync_every)
     if c.sync_every > 1:
         world.set_anchor(params)
-    loss_of = None
     while True:
-        it, record, new = at.iter_num, {'iter': at.iter_num}, at.iter_num > log.first[0]
-        # -- told to stop: a checkpoint before anything else
-        if world.stopping:
+        it, record, began = at.iter_num, {'iter': at.iter_num}, time.perf_counter()
+        if world.stopping:  # a checkpoint before anything else
             if c.sync_every > 1 and it % c.sync_every:
                 world.average_weights(c.sync_dtype)
             world.saved = None if c.rehearse else save(c, model, optimizer, world, at)
             return log.write(record)
 
-        # -- what is sent from now on
-        began, done = time.perf_counter(), it >= c.max_iters or c.eval_only
+        # -- what is sent from now on; validation and a checkpoint, whose time does not count
         if loss_of is None or model.sends != sends_at(it, c):
             loss_of = None  # an earlier CUDA graph goes before the next is captured
             loss_of = change_send(c, model, batches, world, it)
         at.seconds += time.perf_counter() - began
-
-        # -- validation, whose bytes do not count, and a checkpoint; the time of both does not
+        done = it >= c.max_iters or c.eval_only
         if (done or it % eval_interval == 0) and not c.rehearse:
-            world.ring.meter = Counter()
-            record |= validate(c, model, batches, world, it)
-            wanted = c.always_save_checkpoint or record['val_loss'] < at.best_val_loss
-            at.best_val_loss = min(at.best_val_loss, record['val_loss'])
-            world.ring.meter = meter
-            if wanted and new:
-                world.saved = math.isfinite(record['val_loss']) and save(
-                    c, model, optimizer, world, at)
+            record |= validate_and_save(c, model, optimizer, batches, world, log, at)
         if done:
             return log.write(record)
 
         # -- the gradient: of all micro-batches, averaged over all ranks
-        began, before = time.perf_counter(), Counter(meter)
+        began, before, loss = time.perf_counter(), Counter(world.ring.meter), 0.0
         seeds = np.random.SeedSequence((c.seed, it, world.rank))  # of rounding at random
         torch.manual_seed(int(seeds.generate_state(1)[0]))
-        loss = 0.0
         for micro in range(world.n_micro):
             with world.autocast:
                 micro_loss = loss_of(*batches.training(it, micro)) / world.n_micro
@@ -942,18 +888,15 @@ def train(c, model, optimizer, batches, world, log, at):
             average([p.grad for p in params if p.grad is not None], world.ring, c.sync_dtype)
 
         # -- a step of AdamW; without a finite gradient none, and the data moves on
-        lr = learning_rate(it, c)
-        # a codec starts well, and AdamW's first steps would spoil it: its rate rises once more
-        rise = min(1, max(0, it - c.warm_start + 1) / (c.warmup_iters + 1))
         for group in optimizer.param_groups:
-            group['lr'] = lr * c.codec_lr * rise if group['codec'] else lr
+            group['lr'] = learning_rate(it, c, group['codec'])
         grad_norm = torch.nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf).item()
         if math.isfinite(grad_norm):
             optimizer.step()
-            log.losses.append(loss.item())
-        else:
-            log.skip(it)
+        log.add(it, loss.item(), grad_norm)
         optimizer.zero_grad(set_to_none=True)
+
+        # -- every so often the average of weights; then news of who was told to stop
         at.iter_num, at.tokens = it + 1, at.tokens + world.tokens
         last = at.iter_num == c.max_iters
         if c.sync_every > 1 and (last or at.iter_num % c.sync_every == 0):
@@ -962,11 +905,8 @@ def train(c, model, optimizer, batches, world, log, at):
             world.agree_to_stop()
         at.seconds += time.perf_counter() - began
 
-        # -- what there is to say of it
-        log.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
-        log.bar.update(world.tokens)
         if it % c.log_interval == 0 or last:
-            record |= log.step(at, before, lr=lr, grad_norm=grad_norm)
+            record |= log.step(at, before, lr=learning_rate(it, c), grad_norm=grad_norm)
         if len(record) > 1:
             log.write(record)
 
@@ -976,7 +916,7 @@ def set_up(argv):
     try:
         c, checkpoint = parse_config(argv)
         if c.plan:
-            return plan(sys.argv[1:] if argv is None else argv)
+            return plan(argv)
         world = World(c)
         batches = Batches(c, world)
         at = argparse.Namespace(**{k: (checkpoint or STATE)[k] for k in STATE})
@@ -990,8 +930,6 @@ def set_up(argv):
             'torch': torch.__version__, 'data': at.data, 'checkpoint': checkpoint and vars(at)})
         model, optimizer = build(c, world, checkpoint)
         log = Log(c, model, world, at)
-    except KeyboardInterrupt:
-        fail('interrupted before the first iteration')
     except ValueError as e:
         fail(e)
     except OSError as e:
@@ -1007,17 +945,15 @@ def main(argv=None):
     if hasattr(sys.stdout, 'reconfigure'):  # lines at once; what a terminal cannot show is escaped
         sys.stdout.reconfigure(line_buffering=True, errors='backslashreplace')
     try:
-        run = set_up(argv)
+        run = set_up(sys.argv[1:] if argv is None else argv)
         if run is None:
             return None
         c, model, _, _, world, log, at = run
         handlers = {s: signal.signal(s, world.stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            with log.bar, log.lock:
-                train(*run)
-        finally:
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
+        with log.bar, log.lock:
+            train(*run)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     except PeerError as e:
         complain(e)
         os._exit(1)  # taking down groups whose members are gone can hang
@@ -1026,8 +962,8 @@ def main(argv=None):
         dist.destroy_process_group()
     if world.stopping:
         signum = world.signal or signal.SIGTERM  # or another rank's
-        world.say(f'stopped by {signum.name} at iteration {at.iter_num}; ' + (
-            '--init_from=resume goes on' if world.saved else 'nothing was saved of it'))
+        advice = '--init_from=resume goes on' if world.saved else 'nothing was saved of it'
+        world.say(f'stopped by {signum.name} at iteration {at.iter_num}; {advice}')
         sys.exit(128 + signum)
     if log.writes and model.config.vocab_size == 256 and c.sample_tokens:  # 256: bytes
         sample(c, model, world)
