@@ -10,6 +10,7 @@ sent, ring.py the wire.
 """
 import argparse
 import copy
+import difflib
 import errno
 import fcntl
 import glob
@@ -127,6 +128,7 @@ MODEL_FLAGS = [f.name for f in fields(GPTConfig)]
 HERE_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'recompute',
               'timeout_s', 'link_mbps', 'latency_ms')
 
+PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, datasheets, for the MFU
 STATE = dict(iter_num=0, tokens=0, seconds=0.0, best_val_loss=math.inf, data=())  # at the start
 
 
@@ -155,8 +157,7 @@ def parse_flags(argv):
     """--key=value or --key value -> {key: value} of the flags on the command line, or exits."""
     parser = argparse.ArgumentParser(prog='train.py', usage='train.py [--flag=value ...]',
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: fail(f'{message}; --help lists all flags, as --key=value')
-    booleans = {'true': True, '1': True, 'false': False, '0': False}
+    parser.error, booleans = fail, {'true': True, '1': True, 'false': False, '0': False}
     for config in (RunConfig, GPTConfig):
         group = parser.add_argument_group(config.__name__)
         comments = dict(re.findall(r'^    (\w+): .*?  # (.*)$', inspect.getsource(config), re.M))
@@ -167,7 +168,13 @@ def parse_flags(argv):
                                const=True, choices=(True, False))
             text = f'{comments.get(f.name, "")} [{f.default}]'.replace('%', '%%')
             group.add_argument(f'--{f.name}', metavar=f.type.__name__.upper(), help=text, **options)
-    return vars(parser.parse_args(argv))
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:
+        key = unknown[0].split('=')[0]
+        near = difflib.get_close_matches(key.lstrip('-'), DEFAULTS, n=1, cutoff=0.8)
+        advice = f'the nearest flag is --{near[0]}' if near else '--help lists all, as --key=value'
+        fail(f'unknown argument {key}; {advice}')
+    return vars(flags)
 
 
 def parse_config(argv):
@@ -578,13 +585,15 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         checkpoint = {key: checkpoint[key] for key in ('model', 'optimizer', 'config', *STATE)}
-        gone = checkpoint['config'].keys() - DEFAULTS.keys()
-        assert not gone, f'unknown flags {gone}'
-        checkpoint['config'] = {**DEFAULTS, **checkpoint['config']}  # a flag may have come since
-        return checkpoint
+        gone = sorted(checkpoint['config'].keys() - DEFAULTS.keys())
+        checkpoint['newer'] = sorted(DEFAULTS.keys() - checkpoint['config'].keys())
+        checkpoint['config'] = {**DEFAULTS, **checkpoint['config']}
     except Exception as e:  # whatever a damaged or foreign file makes of it
         raise ValueError(f'{path} is damaged, or no checkpoint of this version of the code '
                          f'({e!r:.99}): change --init_from or --out_dir') from e
+    check(not gone, f'{path} was saved with --{", --".join(gone)}, which this version of the code '
+          'does not have', 'init_from', 'out_dir')
+    return checkpoint
 
 
 def build(c, world, checkpoint):
@@ -645,7 +654,7 @@ class Log:
 
     def __init__(self, c, model, world, at):
         """Of a log that is there, records of iterations before this one stay. Raises OSError."""
-        self.world, self.records = world, []
+        self.c, self.model, self.world, self.records = c, model, world, []
         self.first = self.last = at.iter_num, at.seconds, Counter()  # at the start, the last line
         self.losses = []  # since the last line
         self.skipped = self.skipped_in_a_row = 0
@@ -709,6 +718,11 @@ class Log:
         iter_num, seconds, meter_then = self.last
         dt = (at.seconds - seconds) / (at.iter_num - iter_num)
         text = f'loss {loss:.4f}, {dt * 1000:>6,.0f} ms, {world.tokens / dt:>9,.0f} tok/s'
+        gpu = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else ''
+        for name, flops in PEAK_FLOPS.items():
+            if name in gpu:
+                n_sequences, flops = world.tokens // self.c.block_size, world.world_size * flops
+                text += f', mfu {self.model.estimate_mfu(n_sequences, dt, flops):.1%}'
         step, sync = meter - before, meter - meter_then  # syncs: since the last line
         fwd, bwd = step['received_fwd'], step['received_bwd']
         compression = 1 - (fwd + bwd) / self.uncompressed if fwd else None
@@ -755,6 +769,8 @@ def describe(c, model, batches, world, at, checkpoint):
     if checkpoint:
         advice = '; to go on, raise --max_iters' if at.iter_num >= c.max_iters else ''
         say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}{advice}')
+        for name in checkpoint['newer']:
+            say(f'the checkpoint has no --{name}, which is newer: it is {getattr(c, name)!r}')
         saved = argparse.Namespace(**checkpoint['config'])
         before = f'learning rate {learning_rate(at.iter_num, saved):.3g}', *checkpoint['data']
         now = f'learning rate {learning_rate(at.iter_num, c):.3g}', *at.data
