@@ -1008,9 +1008,9 @@ def test_flags():
     assert train.METHODS['paper'].items() <= vars(c).items()
     assert train.model_config(c).paper_dims == (41, 102)  # 2 % and 5 % of 2048
     for argv, latent_dim, wire_dtype in (
-            ('', 36, 'int4'), ('--preset=124m', 16, 'int4'), ('--send=paper', 36, 'compute'),
-            ('--method=paper', 9, 'compute'), ('--method=paper --latent_dim=5', 5, 'compute'),
-            ('--send=full', 36, 'compute'), ('--send=full --wire_dtype=int8', 36, 'int8')):
+            ('', 16, 'int4'), ('--preset=800m', 44, 'int4'), ('--send=paper', 16, 'compute'),
+            ('--method=paper', 7, 'compute'), ('--method=paper --latent_dim=5', 5, 'compute'),
+            ('--send=full', 16, 'compute'), ('--send=full --wire_dtype=int8', 16, 'int8')):
         config = train.model_config(parse(argv))
         assert (config.latent_dim, config.wire_dtype) == (latent_dim, wire_dtype), argv
     for send in mos_cp.CHOICES['send']:  # one command line can be swept over what is sent

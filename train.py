@@ -155,8 +155,10 @@ def complain(text):
 
 def parse_flags(argv):
     """--key=value or --key value -> {key: value} of the flags on the command line, or exits."""
-    parser = argparse.ArgumentParser(prog='train.py', usage='train.py [--flag=value ...]',
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(  # --help begins with the commands at the top of this file
+        prog='train.py', usage=argparse.SUPPRESS, description=__doc__.rsplit('\n\n', 1)[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error, booleans = fail, {'true': True, '1': True, 'false': False, '0': False}
     for config in (RunConfig, GPTConfig):
         group = parser.add_argument_group(config.__name__)
