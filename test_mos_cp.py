@@ -1,7 +1,7 @@
 """
 Tests. The oracle is one process with one dense softmax in float64, differentiated by autograd;
-every parallel path must equal it on every rank. Checks that need several processes run in one
-spawn for each world size (gloo, CPU); `pytest -k "every_rank and 2-"` selects those of two.
+every parallel path must equal it on every rank. Functions `check_...` run on several processes, all
+in one spawn for each world size (gloo, CPU).
 """
 import copy
 import errno
@@ -14,14 +14,11 @@ import math
 import os
 import re
 import resource
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import traceback
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,8 +38,7 @@ import kernels
 import mos_cp
 import train
 from mos_cp import GPT, GPTConfig
-from ring import (Link, Rehearsal, Ring, Uncompressed, attend, average, positions, visible,
-                  waiting)
+from ring import Link, Rehearsal, Ring, Uncompressed, attend, average, positions, visible, waiting
 
 torch.set_num_threads(1)  # here and in all processes below: tests share the cores with others
 FORKS = mp.get_context('forkserver')  # processes that need not import torch again
@@ -68,9 +64,6 @@ def double(*shape, generator=None):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-# -----------------------------------------------------------------------------
-# The oracle
-
 def dense_attend(ring, q, k, v, payload, known, weights, codec, rebuild, span):
     """`attend` on one process: all scores at once, one mask, one softmax, and autograd."""
     t = torch.arange(q.shape[1])
@@ -95,20 +88,17 @@ def dense_attend(ring, q, k, v, payload, known, weights, codec, rebuild, span):
 
 
 # -----------------------------------------------------------------------------
-# kernels.py
+# kernels.py, and ring.py without other processes
 
 def test_sums_over_blocks():
     """A merge does not overflow. Gradients add up in float32: in bfloat16, 256 + 1 + 1 is 256."""
-    ones, dq = torch.ones(1, 4, 1, 1), None
-    out, lse = ones.clone(), torch.tensor([1e4, -1e4, 1e4, 1e4]).view(1, 4, 1)
-    kernels.merge(out, lse, 3 * ones, torch.full((1, 4, 1), -1e4))
-    assert out.flatten().tolist() == pytest.approx([1, 2, 1, 1], rel=1e-3) and lse[0, 0, 0] == 1e4
-    ones, call = ones.bfloat16(), kernels.Call(1, slice(4), slice(4), False)
-    parts = [(x * ones,) * 3 for x in (256, 1, 1)]
-    for part in parts:  # block after block
-        dq = kernels.add_gradients(dq, [part], [call], ones, ones)[0]
-    dk = kernels.add_gradients(None, parts, [call] * 3, ones, ones)[1]
-    assert (dq == 258).all() and (dk == 258).all()
+    out, lse = torch.ones(1, 3, 1, 1), torch.tensor([1e4, -1e4, 1e4]).view(1, 3, 1)
+    kernels.merge(out, lse, 3 * torch.ones_like(out), torch.full_like(lse, -1e4))
+    assert out.flatten().tolist() == pytest.approx([1, 2, 1], rel=1e-3) and lse[0, 0, 0] == 1e4
+    low, call, dq = out.bfloat16(), kernels.Call(1, slice(3), slice(3), False), None
+    for x in (256, 1, 1):
+        dq, _, _ = kernels.add_gradients(dq, [3 * [torch.full_like(low, x)]], [call], low, low)
+    assert (dq == 258).all()
 
 
 @pytest.mark.parametrize('dtype', (torch.float64, torch.float32, torch.bfloat16))
@@ -131,17 +121,6 @@ def test_quantize(bits, dtype):
     assert 0.7 < off.sum((1, 2)).var() / off.var(0).sum() < 1.3  # independent
 
 
-def test_fused():
-    """Compiled while `compile_fused` is on, once for all calls."""
-    twice, results = kernels.fused(lambda x: 2 * x), []
-    with patch.object(torch, 'compile', return_value=lambda x: -2 * x) as compile:
-        for on in (True, False, True):
-            kernels.compile_fused(on)
-            results.append(twice(3))
-    kernels.compile_fused(False)
-    assert results == [-6, 6, -6] and compile.call_count == 1
-
-
 def test_rope():
     """A rotation of the pairs (i, i + hd/2) by the position, so that scores depend on distance."""
     q, frequency = double(1, 20, 1, 8), 10.0 ** (-torch.arange(0, 8, 2).double() / 8)
@@ -153,9 +132,6 @@ def test_rope():
     assert torch.equal(kernels.rope(low, angles), kernels.rope(low.float(), angles).bfloat16())
     assert relative_error(small_model(rope_base=10.0)(IDX)[0], small_model()(IDX)[0]) > 1e-3
 
-
-# -----------------------------------------------------------------------------
-# ring.py: the layout, the simulated link, and whose fault it is
 
 def test_layout():
     """Each rank has as much of the front as of the back; together they have all. Few kernels."""
@@ -170,25 +146,24 @@ def test_layout():
 
 
 def test_sums_over_shards_are_in_float32():
-    """Gradients, in bf16, of what all 64 shards are rebuilt with."""
+    """Gradients, in bf16, of what 64 shards are rebuilt with."""
     g, ring = seeded(0), Rehearsal(64)
-    q, k, v, dout = (torch.randn(1, 2, 1, 64, generator=g).bfloat16() for _ in range(4))
-    z, weight = torch.randn(1, 2, 16, generator=g).bfloat16(), torch.randn(16, 64, generator=g)
+    tensors = [torch.randn(*shape, generator=g).bfloat16()
+               for shape in (*4 * [(1, 2, 1, 64)], (1, 2, 16), (16, 64))]
+    codec = mos_cp.Mixture(GPTConfig(wire_dtype='compute', grad_wire_dtype='compute'), 1)
+
+    def rebuild(payload, known, weights, source, n):
+        assert n == (1 if source < ring.rank else 2)  # no query sees more
+        keys = (payload[0] @ weights[0]).unsqueeze(2)
+        return keys * (1 + source / 64), keys
 
     def gradients(dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in (z, weight.bfloat16())]
-        codec = mos_cp.Mixture(GPTConfig(wire_dtype='compute', grad_wire_dtype='compute'), 1)
-
-        def rebuild(payload, known, weights, source, n):
-            assert n == (1 if source < ring.rank else 2)  # no query sees more
-            keys = (payload[0] @ weights[0]).unsqueeze(2)
-            return keys * (1 + source / 64), keys
-        out, arrived = attend(ring, *(t.to(dtype) for t in (q, k, v)), leaves[:1], (), leaves[1:],
-                              codec, rebuild, 1)
+        dout, q, k, v, z, weight = (t.to(dtype).requires_grad_() for t in tensors)
+        out, arrived = attend(ring, q, k, v, [z], (), [weight], codec, rebuild, 1)
         assert arrived.dtype == kernels.accumulation_dtype(dtype)  # of its gradients' sum
-        return torch.autograd.grad(out, leaves, dout.to(dtype))
-    for name, a, b in zip(('z', 'weight'), gradients(torch.bfloat16), gradients(torch.float64)):
-        assert_close(a.double(), b, f'gradient of {name}', 0.01)
+        return torch.autograd.grad(out, (z, weight), dout)
+    for low, exact in zip(gradients(torch.bfloat16), gradients(torch.float64)):
+        assert_close(low.double(), exact, 'gradient', 0.01)
 
 
 class FakeLink(Link):
@@ -214,14 +189,8 @@ def test_link():
     assert no_limit.dialled and no_limit.send(10**9, cpu).item() == 0.0 and not Link().dialled
 
 
-def test_only_a_lost_peer_is_a_peer_error():
-    """What is wrong on this rank keeps its own name."""
-    with pytest.raises(RuntimeError, match='^shape$'), waiting('rank 1', 'the exchange'):
-        raise RuntimeError('shape')
-
-
 # -----------------------------------------------------------------------------
-# What models send
+# Models: what they send
 
 class First(mos_cp.Full):
     """What a reader would write first: 4 numbers of a key and value, bytes, and x for nothing."""
@@ -248,8 +217,7 @@ EXACT = dict(grad_wire_dtype='compute')  # a gradient that travels is not rounde
 PAPER = dict(send='paper', n_generators=1, exact_local=False, wire_dtype='compute')
 OPTIONS = [
     dict(send='first', wire_dtype='int8', **EXACT), dict(send='first'), dict(send='mine'),
-    dict(send='full', wire_dtype='int4', **EXACT),
-    dict(send='full'), dict(send='local'),
+    dict(send='full', wire_dtype='int4', **EXACT), dict(send='full'), dict(send='local'),
     dict(send='full', wire_dtype='int8', exact_local=False, n_head=4, n_kv_head=2, **EXACT),
     dict(), dict(n_layer=4, compress_last=False), dict(guess_dim=0, exact_local=False),
     dict(guess_dim=0, n_generators=0), dict(guess_dim=0, n_generators=0, guess_below=False),
@@ -316,11 +284,10 @@ def test_one_shard_is_ahead_without_keep():
     ring, log = Rehearsal(4), []
 
     def exchange(*args):
-        wait = Ring.exchange(ring, *args)
-
         def noting_wait():
             log.append('W')
             return wait()
+        wait = Ring.exchange(ring, *args)
         log.append('P')
         return noting_wait
     for keep, order in ((True, 'PPPWWW' + 'PPPWWW'), (False, 'PPWPWW' + 'PPWPPWPWWPWW')):
@@ -331,7 +298,7 @@ def test_one_shard_is_ahead_without_keep():
 
 
 # -----------------------------------------------------------------------------
-# ring.py and mos_cp.py on every rank of a ring: each check raises if something is off
+# On every rank of a ring: each check raises if something is off
 
 def check_model_equals_dense_model(ring):
     """And a first layer with a guess, where nothing is sent, one that sends all."""
@@ -377,41 +344,32 @@ def check_dialled_link_delays_exchanges(ring):
 
 
 def check_meter_equals_formula(ring):
-    """
-    Bytes and exchanges, counted where tensors are handed over, against the formula: of a layer and
-    hop, fwd and bwd. What the layers below have sent costs none.
-    """
+    """Bytes and exchanges, of a layer and hop, forward and backward; alike in a rehearsal."""
     B, T, hops = 2, 32 // ring.world_size, ring.world_size - 1
     d, c = 16, 8 // ring.world_size  # one key head of 16, chunks a rank
-    kinds = {
-        'local': (dict(send='local'), 0, 0),
-        # a scale for each of three key heads
-        'full': (dict(send='full', n_layer=2, n_kv_head=3, wire_dtype='int4',
-                      grad_wire_dtype='int8'),
-                 6 * (d // 2 + 2) * T, 6 * (d // 2 + 2 + d + 2) * T),
-        'first': (dict(send='first', n_layer=2, wire_dtype='int4'),
-                  (1 + 2 * 4 + 3) * T, (2 * 4 + 3) * T),
-        # in two of three layers: the first one's keys and values are known
-        'mixture': (dict(wire_dtype='int4', grad_wire_dtype='bf16'), (4 + 2) * T, 7 * 2 * T),
-        'float64': (dict(guess_below=False), 7 * T * 8, 7 * T * 8),
-        # 2 + 5 numbers of 4 bits, two theta of a chunk, each with a scale
-        'paper': (dict(PAPER, n_layer=2, wire_dtype='int4'),
-                  *((1 + 2 + 3 + 2) * T + 2 * (1 + 2) * c,) * 2)}
-
-    def step(ring, options):
-        model, idx = small_model(ring, **options), torch.zeros(B, 32, dtype=torch.int64)
-        ring.meter.clear()
-        model(idx, idx)[1].backward()
-        return ring.meter
-    for kind, (options, fwd, bwd) in kinds.items():
-        meter = step(ring, options)
-        assert (meter['sent_fwd'], meter['sent_bwd']) == (
-            meter['received_fwd'], meter['received_bwd']) == (
-            2 * B * hops * fwd, 2 * B * hops * bwd), (kind, meter)
-        assert step(Rehearsal(ring.world_size), options) == meter, kind  # by this process alone
+    idx = torch.zeros(B, 32, dtype=torch.int64)
+    full = dict(send='full', n_layer=2, n_kv_head=3, wire_dtype='int4', grad_wire_dtype='int8')
+    for options, fwd, bwd in (
+            (dict(send='local'), 0, 0),
+            # a scale for each of three key heads; keys and values once more in backward
+            (full, 6 * (d // 2 + 2) * T, 6 * (d // 2 + 2 + d + 2) * T),
+            (dict(send='first', n_layer=2, wire_dtype='int4'), (1 + 2 * 4 + 3) * T,
+             (2 * 4 + 3) * T),
+            # in two of three layers: the first one's keys and values are known
+            (dict(wire_dtype='int4', grad_wire_dtype='bf16'), (4 + 2) * T, 7 * 2 * T),
+            (dict(guess_below=False), 7 * T * 8, 7 * T * 8),
+            # 2 + 5 numbers of 4 bits, two theta of a chunk, each with a scale
+            (dict(PAPER, n_layer=2, wire_dtype='int4'),
+             *2 * [(1 + 2 + 3 + 2) * T + 2 * (1 + 2) * c])):
         n = 2 * hops if fwd else 0  # exchanges: one a layer and hop
-        twice = 1 + (kind == 'full')  # keys and values, once more
-        assert (meter['exchanges_fwd'], meter['exchanges_bwd']) == (n, twice * n), (kind, meter)
+        for played in (ring, Rehearsal(ring.world_size)):
+            played.meter.clear()
+            small_model(played, **options)(idx, idx)[1].backward()
+            meter = {name: number for name, number in played.meter.items() if number}
+            expected = {'exchanges_fwd': n, 'exchanges_bwd': n * (1 + (options is full))}
+            for way in ('sent', 'received'):
+                expected |= {f'{way}_fwd': 2 * B * hops * fwd, f'{way}_bwd': 2 * B * hops * bwd}
+            assert meter == {name: number for name, number in expected.items() if number}, options
 
 
 def check_quantised_gradients_are_unbiased(ring):
@@ -433,19 +391,18 @@ def check_quantised_gradients_are_unbiased(ring):
 
 def check_codecs_start_alike_on_every_rank(ring):
     """From all ranks' inputs and all batches: as one process starts them from one large batch."""
-    g = seeded(1)
-    batches = [torch.randint(50, (2, 32), generator=g) for _ in range(2)]
+    batches = torch.randint(50, (2, 2, 32), generator=seeded(1))
     for n_below, options in ((2, dict(n_layer=4)), (2, dict(guess_dim=0, n_generators=0)),
                              (0, dict(guess_below=False)), (0, PAPER)):
         model, alone = (small_model(r, **options) for r in (ring, None))
         before, inputs = copy.deepcopy(model), []
         model.h[-1].register_forward_pre_hook(lambda block, args: inputs.append(args))
         model.set_send('local')
-        model.start_codecs(batches)
+        model.start_codecs(list(batches))
         model(batches[-1])
         (x, *_), (new_x, *_, below) = inputs[-2:]
         assert torch.equal(x, new_x) and len(below) == n_below  # sent by layers that have started
-        alone.start_codecs([torch.cat(batches)])
+        alone.start_codecs([batches.flatten(0, 1)])
         for (name, p), q, old in zip(model.named_parameters(), alone.parameters(),
                                      before.parameters()):
             assert_close(p, q, f'{name} of {options}', 1e-6)
@@ -469,8 +426,8 @@ def check_average(ring, encode):
             parts = list(xs[rank].clone().split([300, 700]))
             average(parts, ring, dtype)
             averages.append(torch.cat(parts))
-            same = averages[-1].clone()
-            assert torch.equal(ring.reduce_over_world(same, 'a test') / N, averages[-1]), dtype
+            same = ring.reduce_over_world(averages[-1].clone(), 'a test') / N
+            assert torch.equal(same, averages[-1]), dtype
             assert_close(averages[-1], mean, dtype, error)
         if dtype != 'bf16':
             assert_close(sum(averages) / 40, mean, f'mean of {dtype}', error / 4)
