@@ -4,10 +4,8 @@ every parallel path must equal it on every rank. Functions `check_...` run on se
 in one spawn for each world size (gloo, CPU).
 """
 import copy
-import errno
 import fcntl
 import functools
-import io
 import itertools
 import json
 import math
@@ -69,22 +67,21 @@ def dense_attend(ring, q, k, v, payload, known, weights, codec, rebuild, span):
     t = torch.arange(q.shape[1])
     past = t[:, None] >= t
     own = t[:, None] // span == t // span if span else torch.zeros_like(past)
-    blocks, arrived = [(k, v, past & own)], []
+    mask, arrived = past & own, []
     if codec:  # straight-through: the value of what travelled, the gradient of what was sent
         sizes = [p.shape[-1] if p.is_floating_point() else None for p in payload]
         travelled = codec.unpack(codec.pack([p.detach() for p in payload]), sizes, q.dtype)
         payload = [p + (w - p).detach() if p.is_floating_point() else p
                    for p, w in zip(payload, travelled)]
         keys, values = rebuild(payload, [t[0] for t in known], weights, 0, q.shape[1])
-        blocks.append((keys, values, past & ~own))
+        k, v, mask = (torch.cat(pair, dim=1) for pair in ((k, keys), (v, values),
+                                                          (mask, past & ~own)))
         if codec.keep and codec.feeds_above:
             arrived = [p.unsqueeze(0) for p in payload if p.is_floating_point()]
-    groups = q.shape[2] // k.shape[2]
-    scores = [torch.einsum('bthd,bshd->bhts', q, k.repeat_interleave(groups, 2))
-              .masked_fill(~mask, float('-inf')) for k, _, mask in blocks]
-    shares = (torch.cat(scores, dim=-1) / q.shape[-1] ** 0.5).softmax(-1)
-    values = torch.cat([v.repeat_interleave(groups, 2) for _, v, _ in blocks], dim=1)
-    return torch.einsum('bhts,bshd->bthd', shares, values), *arrived
+    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+    scores = torch.einsum('bthd,bshd->bhts', q, k) / q.shape[-1] ** 0.5
+    shares = scores.masked_fill(~mask, float('-inf')).softmax(-1)
+    return torch.einsum('bhts,bshd->bthd', shares, v), *arrived
 
 
 # -----------------------------------------------------------------------------
@@ -135,9 +132,8 @@ def test_rope():
 
 def test_layout():
     """Each rank has as much of the front as of the back; together they have all. Few kernels."""
-    assert positions(16, 4).tolist() == [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11],
-                                         [6, 7, 8, 9]]
-    assert positions(5, 1).tolist() == [[0, 1, 2, 3, 4]]
+    assert positions(8, 4).tolist() == [[0, 7], [1, 6], [2, 5], [3, 4]]
+    assert positions(8, 2).tolist() == [[0, 1, 6, 7], [2, 3, 4, 5]]
     assert len(visible(1, 16, 0, 0)) == 4  # 8, 4, 2, 1 chunks at a time
     with patch.object(kernels, 'attention_forward', side_effect=kernels.attention_forward) as call:
         for options in (dict(n_layer=1), dict(n_layer=1, send='full')):  # all of it is exact
@@ -615,7 +611,8 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
     start_rows, new_rows = rows(4000), rows(400)
 
     def left(**options):
-        codec, (x, tokens, _, below) = codec_of(mos_cp.Mixture, 3, latent_dim=6, **options), new_rows
+        codec = codec_of(mos_cp.Mixture, layer=3, latent_dim=6, **options)
+        x, tokens, _, below = new_rows
         codec.start(W, codec.moment(*start_rows))
         known = codec.know(tokens, words, below)
         theta = codec.guess_inputs(known, x.dtype)[1][..., 1:]
@@ -635,10 +632,7 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
 
 
 def test_bottleneck():
-    """
-    No way of x through r numbers leaves less of W x than its principal directions do. These are
-    turned: numbers that share a scale are of one size. For W = 1 they are orthonormal.
-    """
+    """It leaves no more of W x than its principal directions do. These are turned: of one size."""
     g, one = seeded(0), torch.eye(8).double()
     X = double(200, 8, generator=g) * 5.0 ** -torch.arange(8) @ double(8, 8, generator=g)
     for W in (double(12, 8, generator=g), one):
@@ -853,25 +847,21 @@ def test_a_pipe_that_nobody_reads(tmp_path):
 
 
 @pytest.mark.parametrize('argv, message', (
-    ('--blok_size=8', 'unknown argument --blok_size; the nearest flag is --block_size'),
-    ('--lr=1', 'unknown argument --lr; --help lists'), ('--send=some', "invalid choice: 'some'"),
+    ('--blok_size=8', 'the nearest flag is --block_size'), ('--lr=1', '--lr; --help lists all'),
     ('--block_size=eight', "invalid int value: 'eight'"), ('--compile=maybe', "choice: 'maybe'"),
-    ('--block_size=1000', r'block_size \(1000\) must be a multiple of n_chunks \(16\): change '
-     '--block_size or --n_chunks'),
+    ('--block_size=1000', 'multiple of n_chunks .16.: change --block_size or --n_chunks'),
     ('--n_embd=100 --n_head=3', r'n_embd \(100\) must be a multiple of 2 \* n_head \(6\)'),
     ('--n_head=4 --n_kv_head=3', r'n_head \(4\) must be a multiple of n_kv_head \(3\)'),
-    ('--latent_dim=0', r'latent_dim \(0\) must be at least 1'), ('--beta2=1', r'beta2 \(1.0\)'),
-    ('--n_kv_head=1 --latent_dim=65', 'most 64'), ('--latent_dim=129', 'at most 128'),
-    ('--method=paper --latent_dim=1', r'latent_dim \(1\) must leave keys and values'),
+    ('--latent_dim=0', 'latent_dim .0. must be at least 1'), ('--beta2=1', 'beta2 .1.0. must be'),
+    ('--n_kv_head=1 --latent_dim=65', 'at most 64'), ('--latent_dim=129', 'at most 128'),
+    ('--method=paper --latent_dim=1', 'latent_dim .1. must leave'), ('--data=no/such', 'no file'),
     ('--plan --dtype=float64', r'dtype \(float64\) must be bfloat16 or float32 with --plan'),
     ('--compress_last=False --n_layer=1', 'leaves nothing to compress when n_layer is 1'),
-    ('--cp=2', r'world size \(1\) must be a multiple of cp'), ('--batch_size=0', r'size \(0\)'),
-    ('--unplug_at=50', r'unplug_at \(50\) must be between warm_start \(50\) and max_iters'),
-    ('--warm_start=500', r'warm_start \(500\) must be below max_iters \(500\)'),
-    ('--learning_rate=nan', r'learning_rate \(nan\) must be at least 0'),
-    ('--seed=18446744073709551616', r'seed \(\d+\) must be at least 0 and below 2\^63'),
+    ('--cp=2', 'world size .1. must be a multiple of cp'), ('--batch_size=0', 'at least 1'),
+    ('--unplug_at=50', r'between warm_start \(50\) and max_iters'), ('--rehearse=1', 'least 2'),
+    ('--warm_start=500', 'below max_iters .500.'), ('--learning_rate=nan', 'must be at least 0'),
+    ('--seed=18446744073709551616', 'below 2.63'), ('--vocab_size=99', 'outside vocab_size .99'),
     ('--init_from=resume', 'ckpt.pt does not exist: change --init_from or --out_dir'),
-    ('--data=no/such', "no file matches 'no/such'"), ('--vocab_size=99', r'vocab_size \(99'),
     (f'--out_dir={__file__}/x', r'x cannot .* made \(Not a directory\): change .*--out_dir'),
     ('--data=/', r'/ is a folder, whose files are /\*: change --data or --val_data'),
     (f'--data={__file__} --val_data={__file__}', r"validation data share {'/.*py'}: change --data"),
@@ -880,8 +870,7 @@ def test_a_pipe_that_nobody_reads(tmp_path):
     ('--learning_rate=1e-4', r'min_lr \(0.0002\) must be at most learning_rate \(0.0001\)'),
     ('--device=cuda', r'a GPU per process \(1 processes on this machine, 0 GPUs\)'),
     ('--plan --cp=3', r'n_chunks \(16\) must be a multiple of 2 \* cp \(6\): change --n_chunks'),
-    ('--rehearse=1', 'must be 0 or at least 2'), ('--rehearse=4 --cp=2', 'or rehearse .4'),
-    ('--rehearse=8 --n_chunks=8', r'rehearse \(8\) must be a divisor of n_chunks / 2 \(4\): ch')))
+    ('--rehearse=4 --cp=2', '0 or rehearse'), ('--rehearse=8 --n_chunks=8', 'divisor of n_chunks')))
 def test_bad_flags_are_refused(argv, message, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
     with pytest.raises(SystemExit, match=message):
@@ -908,11 +897,9 @@ def test_flags():
     for argv, latent_dim, wire_dtype in (
             ('', 36, 'int4'), ('--preset=124m', 16, 'int4'), ('--send=paper', 36, 'compute'),
             ('--method=paper', 9, 'compute'), ('--method=paper --latent_dim=5', 5, 'compute'),
-            ('--send=full', 36, 'compute'), ('--send=full --wire_dtype=int8', 36, 'int8')):
+            ('--send=full', 36, 'compute'), ('--send=local --wire_dtype=int8', 36, 'int8')):
         config = train.model_config(parse(argv))
         assert (config.latent_dim, config.wire_dtype) == (latent_dim, wire_dtype), argv
-    for send in mos_cp.CHOICES['send']:  # one command line can be swept over what is sent
-        parse(f'--send={send} --latent_dim=5 --exact_local=False --wire_dtype=int8')
     c = parse('--learning_rate=1 --min_lr=0.1 --warmup_iters=10 --max_iters=110')
     rates = [train.learning_rate(it, c) for it in (0, 9, 10, 60, 110, 500)]
     assert rates == pytest.approx([1 / 11, 10 / 11, 1, 0.55, 0.1, 0.1])
@@ -1007,7 +994,8 @@ def run_rank(rank, world_size, port, folder, argv, sabotage):
         os.dup2(output, fd)
     if sabotage:
         sabotage[0](rank, *sabotage[1:])
-    train.main([f'--out_dir={folder}', *argv])
+    model = train.main([f'--out_dir={folder}', *argv])['model']
+    print('weights', sum(p.double().sum() for p in model.parameters()).item().hex(), flush=True)
 
 
 def run_ranks(n, folder, *argv, sabotage=None, victim=None, seconds=60):
@@ -1030,8 +1018,11 @@ def run_ranks(n, folder, *argv, sabotage=None, victim=None, seconds=60):
     for process in ranks:
         process.kill()
         process.join()
-    said = [(folder / f'{rank}.txt').read_text() for rank in range(n)]
-    return [process.exitcode for process in ranks], said
+    codes, said = ([process.exitcode for process in ranks],
+                   [(folder / f'{rank}.txt').read_text() for rank in range(n)])
+    weights = {text.split('weights ')[-1] for text in said}
+    assert any(codes) or len(weights) == 1, said  # the same on all ranks
+    return codes, said
 
 
 @pytest.fixture(scope='module')
@@ -1046,7 +1037,8 @@ def assert_same_log(found, expected):
     for a, b in zip(found, expected):
         for key in ('loss', 'val_loss', 'grad_norm', 'val_loss_by_chunk'):
             assert (key in a) == (key in b), (key, a, b)
-            assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-9), (key, a, b)
+            values = (np.array(record.get(key, 0), float) for record in (a, b))  # None: NaN
+            np.testing.assert_allclose(*values, rtol=1e-9, err_msg=key)
 
 
 def test_rehearsal_and_evaluation_leave_no_trace(tmp_path, capfd):
@@ -1065,27 +1057,16 @@ def test_log_and_falling_loss(reference_run):
     config = read_log(folder, configs=True)[0]['config']
     assert config['latent_dim'] == 6 and config.keys() == train.DEFAULTS.keys()
     assert [r['iter'] for r in records if 'val_loss' in r] == [0, 6, 12]
-    ways = {f'{way}_{phase}' for way in ('sent', 'received') for phase in ('fwd', 'bwd', 'sync')}
-    assert set(records[1]) == ways | {'iter', 'loss', 'lr', 'grad_norm', 'tokens', 'seconds',
-                                      'compression', 'skipped'}
+    assert {'lr', 'grad_norm', 'seconds', 'sent_fwd', 'sent_bwd', 'sent_sync'} <= records[1].keys()
     assert [r['compression'] for r in records[:12]] == [None] * 12  # one process sends nothing
     assert records[11]['loss'] < records[0]['loss'] - 0.2 and records[11]['tokens'] == 12 * 4 * 128
     assert len(by_chunk) == 8 and np.mean(by_chunk) == pytest.approx(records[-1]['val_loss'])
 
 
-def test_seed_and_bar(tmp_path, monkeypatch, capfd):
-    """Weights are the seed's. A terminal has a bar of tokens; elsewhere there are lines alone."""
+def test_weights_are_those_of_the_seed(tmp_path):
     a, b, other = (small_run(tmp_path, f'--seed={seed}', '--max_iters=0')['model'].wte.weight
                    for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, other)
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, 'stderr', terminal)
-    small_run(tmp_path, '--eval_iters=500', '--max_iters=5')
-    bar, lines = terminal.getvalue(), capfd.readouterr().out
-    assert re.search(r'\r.*2.56k/2.56k \[.*tok/s, loss [0-9.]+\]', bar), bar
-    assert re.search(r'iter 4: loss .* tok/s\niter 5: val loss .*\niter 5: saved .*ckpt.pt', lines)
-    assert not re.search(r'[\r\x1b]', lines)
 
 
 def test_needle_is_found_through_the_compressor_alone(tmp_path, capfd):
@@ -1101,29 +1082,27 @@ def test_needle_is_found_through_the_compressor_alone(tmp_path, capfd):
     assert float(said[0]) < 20 and float(said[-1]) > 50  # which a loss below 0.3 implies
 
 
-def test_paths_and_only_the_best_checkpoint(tmp_path, monkeypatch):
-    """Validation reads --val_data. It gets worse and worse. ~ is a home; any name, any terminal."""
+def test_paths_and_only_the_best_checkpoint(tmp_path, monkeypatch, capfd):
+    """~ is a home. Files longer than a sequence are data. Validation gets worse and worse."""
     monkeypatch.setenv('HOME', str(tmp_path))
-    for name in 'ab':
-        (tmp_path / name).write_text(1000 * name)
-    argv = '--data=~/a', f'--val_data={tmp_path}/[b]', '--learning_rate=0.02'
-    records = small_run(tmp_path, *argv, '--always_save_checkpoint=False')['records']
+    for name, n in (('a', 1000), ('aa', 100), ('b', 1000)):
+        (tmp_path / name).write_text(n * name[0])
+    argv = '--data=~/a*', f'--val_data={tmp_path}/[b]', '--learning_rate=0.02'
+    records = small_run('~', *argv, '--always_save_checkpoint=False')['records']
     assert records[-1]['val_loss'] > records[0]['val_loss'] > records[11]['loss'] + 1
-    assert not (tmp_path / 'ckpt.pt').exists()
-    folder = tmp_path / 'caf\udce9'  # in Latin-1
-    stdout = io.TextIOWrapper(io.BytesIO(), encoding='cp1252')
-    monkeypatch.setattr(sys, 'stdout', stdout)
-    small_run('~/' + folder.name, *argv, '--sample_tokens=20', '--prompt=caf\udce9')
-    stdout.flush()
-    assert b'--- sample\ncaf\\ufffd' in stdout.buffer.getvalue()
-    assert (folder / 'ckpt.pt').exists()
+    assert (tmp_path / 'log.jsonl').exists() and not (tmp_path / 'ckpt.pt').exists()
+    small_run('~', *argv, '--sample_tokens=20', '--prompt=caf\udce9')
+    said = capfd.readouterr().out
+    assert '--- sample\ncaf\ufffd' in said
+    assert 'data: 1,000 tokens in 1 file(s) longer than block_size (of 2)' in said
 
 
 def test_life_of_the_codec(tmp_path, monkeypatch, capfd):
     """Nothing is sent, codecs start, are sent, all is sent; each is said. A checkpoint knows."""
-    life, forward, start = [], GPT.forward, GPT.start_codecs
+    life, seeds, forward, start = [], set(), GPT.forward, GPT.start_codecs
 
     def noting(self, *args):
+        seeds.add(torch.initial_seed())
         life.append(self.sends)
         return forward(self, *args)
 
@@ -1132,10 +1111,10 @@ def test_life_of_the_codec(tmp_path, monkeypatch, capfd):
         start(self, batches)
     monkeypatch.setattr(GPT, 'forward', noting)
     monkeypatch.setattr(GPT, 'start_codecs', starting)
-    argv = '--gradient_accumulation_steps=1', '--unplug_at=7'
-    run = small_run(tmp_path, *argv)
-    assert life == (['local'] * 3 + ['start from [[1, 128]] while local'] + ['codec'] * 4
-                    + ['full'] * 5)
+    run = small_run(tmp_path, '--gradient_accumulation_steps=2', '--unplug_at=7')
+    assert life == (['local'] * 6 + ['start from [[1, 128], [1, 128]] while local'] + ['codec'] * 8
+                    + ['full'] * 10)
+    assert len(seeds) == 12  # iterations do not round alike
     said = re.findall(r'^iter +(\d+): (.*s sent|.*starts)', capfd.readouterr().out, re.MULTILINE)
     assert said == [('0', 'nothing is sent'), ('3', 'the codec starts'), ('7', 'all is sent')]
     checkpoint = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
@@ -1145,8 +1124,8 @@ def test_life_of_the_codec(tmp_path, monkeypatch, capfd):
     assert model.sends == 'full'
     assert_close(model(x, x)[1], run['model'](x, x)[1], 'loss')
     life.clear()
-    small_run(tmp_path, *argv, '--send=full', '--warm_send=full')  # nothing to start
-    assert life == ['full'] * 3 + ['codec'] * 4 + ['full'] * 5
+    small_run(tmp_path, '--send=full', '--warm_send=full', '--max_iters=4')  # nothing to start
+    assert life == ['full'] * 12 + ['codec'] * 4
 
 
 def test_dtype_and_optimizer_options(tmp_path, reference_run):
@@ -1167,7 +1146,19 @@ def test_dtype_and_optimizer_options(tmp_path, reference_run):
     assert abs(step - 0.5) < 1e-3  # AdamW's first is the learning rate
 
 
-def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
+@pytest.mark.parametrize('n, argv', (
+    (2, '--cp=1 --send=paper --exact_local=False --compress_last=False --unplug_at=4'),
+    (3, '--data=needle --block_size=96 --n_chunks=6 --link_mbps=1000 --latency_ms=1 --grad_clip=0'),
+    (4, '--cp=2 --n_layer=3 --n_kv_head=1 --warm_send=full --recompute --batch_size=2')))
+def test_processes_equal_one(tmp_path, n, argv):
+    argv = *SMALL, '--max_iters=6', '--eval_interval=3', *argv.split()
+    codes, said = run_ranks(n, tmp_path / 'many', *argv)
+    assert not any(codes), said
+    train.main([*argv, '--cp=1', f'--out_dir={tmp_path}/one'])
+    assert_same_log(read_log(tmp_path / 'many'), read_log(tmp_path / 'one'))
+
+
+def test_four_processes_resume_a_run_of_one(reference_run, tmp_path):
     """2 x 2 processes give the numbers of one, bytes included, and go on from its checkpoint."""
     small_run(tmp_path, '--max_iters=4', '--eval_interval=4')
     codes, said = run_ranks(4, tmp_path, *SMALL, '--cp=2', '--init_from=resume')
@@ -1182,32 +1173,18 @@ def test_four_processes_dp_and_cp_equal_one(reference_run, tmp_path):
     assert 'rank 0 sent 0.1 MB over the ring (uncompressed: 3.1)' in said[0]
 
 
-def report_weights(rank):
-    """Every rank says at the end what its weights are."""
-    def report(log, at):
-        total = sum(p.double().sum() for p in log.model.parameters())
-        print('weights', total.item().hex(), flush=True)
-    train.Log.say_summary = report
-
-
 def test_weights_averaged_every_few_steps(reference_run, tmp_path):
-    """
-    sync_every > 1: not the same numbers, nearly the same loss, also where few bits travel; the same
-    weights on all ranks. Validation waits for the next sync. How often one saves changes nothing,
-    though AdamW's moments are averaged for it: all bytes are counted.
-    """
+    """Nearly the same loss, also in few bits. Validation waits for a sync and changes nothing."""
     model, expected = reference_run[1]['model'], reference_run[1]['records']
     params = [p for p in model.parameters() if p.requires_grad]
     n, runs = sum(p.numel() for p in params), []
     for interval, dtype, validated in ((3, 'compute', [0, 4, 8, 12]), (12, 'compute', [0, 12]),
                                        (12, 'int4', [0, 12])):
         argv = *SMALL, '--sync_every=4', f'--eval_interval={interval}', f'--sync_dtype={dtype}'
-        codes, said = run_ranks(2, tmp_path, *argv, sabotage=(report_weights,))
+        codes, said = run_ranks(2, tmp_path, *argv)
         records = read_log(tmp_path)
         assert codes == [0, 0] and [r['iter'] for r in records if 'val_loss' in r] == validated
-        weights = {re.search('^weights (.*)$', output, re.M)[1] for output in said}
-        assert len(weights) == 1, said
-        runs.append((losses(tmp_path), weights))
+        runs.append((losses(tmp_path), records[-1]['val_loss']))
         sync = 8 * n if dtype == 'compute' else -(-n // 256) * 2 * 66
         save = 8 * (2 * n + len(params)) if interval == 3 else 0  # also of each one's step
         received = [r['received_sync'] for r in records[:-1]]
@@ -1219,19 +1196,16 @@ def test_weights_averaged_every_few_steps(reference_run, tmp_path):
 
 
 def test_gradients_in_few_bits(reference_run, tmp_path):
-    """Nearly the same loss, and the same weights on all ranks."""
-    codes, said = run_ranks(2, tmp_path, *SMALL, '--sync_dtype=int8', sabotage=(report_weights,))
-    assert codes == [0, 0] and len({re.search('weights (.*)', x)[1] for x in said}) == 1, said
-    result, expected = losses(tmp_path), reference_run[1]['records']
-    assert result[0] == pytest.approx(expected[0]['loss'], rel=1e-9)
-    assert result[11] != pytest.approx(expected[11]['loss'], rel=1e-9)
-    assert result[11] == pytest.approx(expected[11]['loss'], rel=0.02)
+    codes, said = run_ranks(2, tmp_path, *SMALL, '--sync_dtype=int8')
+    assert codes == [0, 0], said
+    result, expected = losses(tmp_path)[11], reference_run[1]['records'][11]['loss']
+    assert result != pytest.approx(expected, rel=1e-9) and result == pytest.approx(expected, 0.02)
 
 
 # -----------------------------------------------------------------------------
 # train.py: nothing is lost
 
-def test_resume_is_bit_equal(reference_run, tmp_path, capfd, monkeypatch):
+def test_resume_is_bit_equal(reference_run, tmp_path, capfd):
     small_run(tmp_path, '--max_iters=6')
     with open(tmp_path / 'log.jsonl', 'ab') as f:  # a foreign hand; and as a killed run leaves it
         f.write(b'[1]\n{"epoch": 3}\nnot JSON\n{"iter": 7, "lo\xff\n')
@@ -1240,56 +1214,48 @@ def test_resume_is_bit_equal(reference_run, tmp_path, capfd, monkeypatch):
     assert_same_log(read_log(tmp_path), expected['records'])
     started = [(r['iter'], r['config']['max_iters']) for r in read_log(tmp_path, configs=True)]
     assert started == [(0, 6), (6, 12)] and resumed['val_loss'] == expected['val_loss']
-    said, handler = capfd.readouterr().out, signal.getsignal(signal.SIGTERM)
+    said = capfd.readouterr().out
     assert 'the codec goes on' in said and 'raise --max_iters' not in said
     small_run(tmp_path, '--init_from=resume')
     assert 'at iteration 12 of 12; to go on, raise --max_iters' in capfd.readouterr().out
     for flag, saved in (('--n_embd=64', 32), ('--preset=124m', 'tiny')):
         with pytest.raises(SystemExit, match=f'{flag} differs from the checkpoint, .* {saved}'):
             small_run(tmp_path, '--init_from=resume', flag)
-    monkeypatch.setattr(train, 'train', lambda *run: 1 / 0)  # in a notebook
-    with pytest.raises(ZeroDivisionError):
-        small_run(tmp_path)
-    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_resume_with_other_options(reference_run, tmp_path, capfd):
     """The optimizer's options are the command line's; --recompute changes no number."""
     small_run(tmp_path, '--max_iters=6')
-    path, expected = tmp_path / 'ckpt.pt', reference_run[1]['val_loss']
-    half = path.read_bytes()
+    path, records = tmp_path / 'ckpt.pt', reference_run[1]['records']
+    half, best = torch.load(path), ('--always_save_checkpoint=False', '--max_iters=10')
 
-    def resumed(*argv):
+    def resumed(*argv, **changes):
+        torch.save({**half, **changes}, path)
         return small_run(tmp_path, '--init_from=resume', *argv)
     for flag, changes in (('--weight_decay=3', True), ('--beta1=0.1', True),
                           ('--sync_every=3', False), ('--recompute', False)):
-        path.write_bytes(half)
         found = resumed('--max_iters=12', flag)['val_loss']
-        assert (found != pytest.approx(expected, rel=1e-6)) == changes, (flag, found, expected)
+        assert (found != pytest.approx(records[12]['val_loss'], rel=1e-6)) == changes, flag
     assert 'not as before' not in capfd.readouterr().out
-    path.write_bytes(half)
-    longer = resumed('--max_iters=10', '--batch_size=2', '--lr_decay_iters=0')
-    assert [r['tokens'] for r in longer['records'][:-1]] == [512 * n for n in (8, 10, 12, 14)]
-    (tmp_path / 'other.txt').write_text(1000 * 'ab')
-    torch.save(dict(torch.load(path), best_val_loss=0.0), path)
-    resumed('--max_iters=16', '--always_save_checkpoint=False', f'--data={tmp_path}/other.txt')
-    assert train.load_checkpoint(path)['iter_num'] == 16  # the best on other data
+    (tmp_path / 'other').write_text(1000 * 'ab')
+    argv = *best, '--batch_size=2', '--lr_decay_iters=0', f'--data={tmp_path}/other'
+    other = resumed(*argv, best_val_loss=0.0)['records']
+    assert [r['tokens'] for r in other[:-1]] == [512 * n for n in (8, 10, 12, 14)]
+    assert train.load_checkpoint(path)['iter_num'] == 10  # the best on other data
     said = capfd.readouterr().out
     for sentence in ('learning rate 0.0011; the checkpoint has learning rate 0.00138',
                      r'checksum \d+ of training data; the .* checksum \d+ of training data',
-                     r'checksum (\d+) of validation, 2 x 2; the .* \1 of validation, 2 x 1'):
+                     r'checksum \d+ of validation, 2 x 2; the .* \d+ of validation, 2 x 1'):
         assert re.search('not as before: ' + sentence, said), (sentence, said)
-    path.write_bytes(half)
-    found = resumed('--max_iters=12', '--recompute')['val_loss']
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint['model']['_extra_state'] = 'local'  # as if the warm start were over only now
-    del checkpoint['config']['prompt']  # as if this flag were newer
-    torch.save(dict(checkpoint, best_val_loss=0.0), path)
-    evaluated = resumed('--eval_only')['val_loss']
+    # as if the warm start were over only now, the best loss were 0, and one flag were newer
+    config = {name: value for name, value in half['config'].items() if name != 'prompt'}
+    model = {**half['model'], '_extra_state': 'local'}
+    changes = dict(model=model, config=config, best_val_loss=0.0)
+    evaluated = resumed('--eval_only', **changes)['val_loss']
     assert "no --prompt, which is newer: it is 'def '" in capfd.readouterr().out
-    best = resumed('--max_iters=14', '--always_save_checkpoint=False')
-    assert evaluated == best['records'][0]['val_loss'] != found
-    assert train.load_checkpoint(path)['iter_num'] == 12  # none is better than 0
+    started = resumed(*best, **changes)['records'][0]['val_loss']
+    assert evaluated == started != records[6]['val_loss']
+    assert train.load_checkpoint(path)['iter_num'] == 6  # none is better than 0
 
 
 def end_at(rank, victim, function, mark, call, how):
@@ -1313,7 +1279,7 @@ AVERAGE = 'the average of gradients or weights'
     ('backward exchange', '', 1, 'exchange', 'bwd', 41, signal.SIGKILL),
     (AVERAGE, '--sync_every=2', 0, 'reduce_over_world', AVERAGE, 3, signal.SIGSTOP)))
 def test_a_dead_peer_ends_all(tmp_path, where, argv, victim, function, mark, call, how):
-    """Exit, SIGKILL and SIGSTOP: the others say whom they waited for, and in what."""
+    """The others say whom they waited for, and in what."""
     argv = [*SMALL, '--timeout_s=5', '--block_size=96', '--n_chunks=6', '--eval_interval=3',
             *argv.split()]
     kill = end_at, victim, function, mark, call, how
@@ -1324,6 +1290,8 @@ def test_a_dead_peer_ends_all(tmp_path, where, argv, victim, function, mark, cal
         assert codes[rank] == 1 and re.search(sentence, said[rank]), (rank, codes, said)
         assert spoke[rank] - spoke[victim] < 5 + 15, (rank, said)
     assert codes[victim] == (7 if how == 'exit' else -signal.SIGKILL), said
+    with pytest.raises(RuntimeError, match='^shape$'), waiting('rank 1', 'the exchange'):
+        raise RuntimeError('shape')  # what is wrong on this rank keeps its own name
 
 
 def slow_disk(rank):
@@ -1342,9 +1310,8 @@ def slow_disk(rank):
     (signal.SIGINT, '--eval_interval=9 --sync_every=1000')))
 def test_resume_after_a_kill(tmp_path, how, argv):
     """
-    kill -9 of a rank, then --init_from=auto: the losses that follow are those of a run that nobody
-    killed, rounding at random included, to the last bit; but with --sync_every, where the moments
-    of all ranks become their mean. kill and Ctrl-C: a checkpoint at once, without validation.
+    After kill -9 and --init_from=auto the losses, of rounding at random, are those of a whole run
+    to the last bit; but with --sync_every. kill and Ctrl-C: a checkpoint without validation.
     """
     argv = [*SMALL, '--timeout_s=5', '--wire_dtype=int8', '--init_from=auto', *argv.split()]
     whole, killed, dies = tmp_path / 'whole', tmp_path / 'killed', how == signal.SIGKILL
@@ -1373,45 +1340,16 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
     assert [r['iter'] for r in read_log(tmp_path, configs=True)] == [0, 6]  # it did die
 
 
-def on_a_machine_of_its_own(rank):
-    """torchrun started one process here, and set no threads."""
-    os.environ.update(LOCAL_RANK='0', LOCAL_WORLD_SIZE='1')
-    os.environ.pop('OMP_NUM_THREADS', None)
-    torch.set_num_threads(7)
-
-    def report(log, at):
-        print(torch.get_num_threads(), 'threads', flush=True)
-    train.Log.say_summary = report
-
-
-def test_two_starts(tmp_path, monkeypatch):
-    """Of torchrun: cores are shared, the second says where the log is. Of runs: refused."""
-    codes, said = run_ranks(2, tmp_path, *SMALL, sabotage=(on_a_machine_of_its_own,))
-    assert codes == [0, 0] and '3 threads' in said[0], said
-    sentence = f'rank 1 of 2, on .*; rank 0, on .*, says .*, and logs it there in {tmp_path}'
-    assert re.fullmatch(sentence + '\n3 threads\n', said[1]), said
-    log = (tmp_path / 'log.jsonl').read_bytes()
-    with open(tmp_path / 'lock') as f:
+def test_a_run_too_many(tmp_path, monkeypatch):
+    """One that writes to the same folder; one for each task of SLURM."""
+    with open(tmp_path / 'lock', 'wb') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         with pytest.raises(SystemExit, match='another run writes to .*: change --out_dir'):
             small_run(tmp_path)
     monkeypatch.setenv('SLURM_NTASKS', '2')
     with pytest.raises(SystemExit, match='without torchrun each of 2 SLURM tasks is a run of its'):
         small_run(tmp_path)
-    assert (tmp_path / 'log.jsonl').read_bytes() == log
-
-
-def test_only_files_longer_than_a_sequence_are_data(tmp_path, capfd):
-    for name, n in (('a', 100), ('b', 100), ('c', 5000)):
-        (tmp_path / f'{name}.txt').write_text(n * 'x')
-    small_run(tmp_path, f'--data={tmp_path}/*.txt', f'--val_data={__file__}', '--max_iters=0')
-    sentence = 'training data: 5,000 tokens in 1 file(s) longer than block_size (of 3)'
-    assert sentence in capfd.readouterr().out
-
-
-def join_without_old_keys(self, *args, join=train.World.join):
-    join(self, *args)
-    assert not self.store.check(['checkpoint 6'])  # torchrun's store keeps an earlier start's
+    assert [path.name for path in tmp_path.iterdir()] == ['lock']
 
 
 def lose_losses(rank, iterations):
@@ -1419,41 +1357,34 @@ def lose_losses(rank, iterations):
     change_send = train.change_send
 
     def changing(c, model, batches, world, it):
-        loss_of, batch = change_send(c, model, batches, world, it), batches.training
+        loss_of, n_calls = change_send(c, model, batches, world, it), itertools.count()
 
-        def spoiled(x, y):
-            lost = any(torch.equal(x, batch(i, micro)[0])
-                       for i in iterations for micro in range(world.n_micro))
-            return math.nan * loss_of(x, y) if lost else loss_of(x, y)
+        def spoiled(*batch):
+            lost = it + next(n_calls) // world.n_micro in iterations
+            return math.nan * loss_of(*batch) if lost else loss_of(*batch)
         return spoiled
     if rank == 1:
         train.change_send = changing
 
 
-def test_steps_that_are_not_finite_are_skipped(tmp_path):
-    """Of rank 1, whose gradients are also rank 0's."""
-    argv = *SMALL, '--eval_interval=12'
-    codes, said = run_ranks(2, tmp_path, *argv, sabotage=(lose_losses, (4, 5)))
-    assert codes == [0, 0], said
-    assert [s.count('the gradient is not finite, step skipped') for s in said] == [2, 2], said
-    *steps, last = read_log(tmp_path)
-    assert [r['skipped'] for r in steps] == [0] * 4 + [1] + [2] * 7
-    assert [r['loss'] is None for r in steps] == [i in (4, 5) for i in range(12)]  # no NaN
-    assert math.isfinite(last['val_loss'])
-
-
-@pytest.mark.parametrize('iterations', ((0, 1), (2, 3), range(12)))
-def test_one_rank_skips_steps_alone(tmp_path, iterations):
-    """With --sync_every; all steps of a weight too, and can be saved. Ten in a row are too many."""
-    codes, said = run_ranks(2, tmp_path, *SMALL, '--sync_every=2', '--eval_interval=2', '--cp=1',
-                          sabotage=(lose_losses, iterations))
-    fatal = len(iterations) == 12
-    assert codes[1] == fatal and codes[0] in (0, fatal) and 'Traceback' not in said[1], said
-    assert ('rank 1: no finite gradient in 10 steps' in said[1]) == fatal, said
-    if not fatal:
-        states = train.load_checkpoint(tmp_path / 'ckpt.pt')['optimizer']['state']
-        steps = {s['step'].item() for s in states.values()}  # means, of codecs and of the rest
-        assert steps == {9 - 0.5 * (3 in iterations), 11}
+@pytest.mark.parametrize('alone, iterations', (
+    (False, (4, 5)), (True, (0, 1)), (True, (2, 3)), (True, range(12))))
+def test_steps_that_are_not_finite_are_skipped(tmp_path, alone, iterations):
+    """By all ranks, with --sync_every by one alone; and can be saved. Ten in a row are too many."""
+    argv = *SMALL, '--eval_interval=2', *(['--sync_every=2', '--cp=1'] if alone else ())
+    codes, said = run_ranks(2, tmp_path, *argv, sabotage=(lose_losses, iterations))
+    n_skipped = [text.count('the gradient is not finite, step skipped') for text in said]
+    if len(iterations) == 12:
+        assert codes[1] == 1 and codes[0] in (0, 1) and 'Traceback' not in said[1], said
+        assert 'rank 1: no finite gradient in 10 steps' in said[1]
+        return
+    assert codes == [0, 0] and n_skipped == [0 if alone else 2, 2], said
+    states = train.load_checkpoint(tmp_path / 'ckpt.pt')['optimizer']['state']
+    steps = {s['step'].item() for s in states.values()}  # means, of codecs and of the rest
+    assert steps == ({9 - 0.5 * (3 in iterations), 11} if alone else {7, 10})
+    lost = [r['loss'] is None for r in read_log(tmp_path)[:12]]  # no NaN
+    assert lost == [not alone and it in iterations for it in range(12)]
+    assert alone or [r['skipped'] for r in read_log(tmp_path)[3:7]] == [0, 1, 2, 2]
 
 
 def differ(rank, what):
@@ -1478,17 +1409,11 @@ def test_ranks_that_disagree_are_named(tmp_path, what, message):
 
 
 def test_no_way_to_the_others(monkeypatch):
-    """The environment is not torchrun's; there is no network."""
-    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    for setting in 'WORLD_SIZE=2 RANK=1 MASTER_ADDR=10.9.0.1 MASTER_PORT=1'.split():
+        monkeypatch.setenv(*setting.split('='))
     c, _ = train.parse_config(['--device=cpu', '--timeout_s=1'])
-    for name, value, message in (
-            ('WORLD_SIZE', '2', 'environment variable RANK expected, but not set'),
-            ('RANK', '1', 'environment variable MASTER_ADDR expected, but not set'),
-            ('MASTER_ADDR', '10.9.0.1', 'environment variable MASTER_PORT expected'),
-            ('MASTER_PORT', '1', r'rank 1 does not reach the others \(.*10.9.0.1')):
-        monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match=message):
-            train.World(c).join(c, {})
+    with pytest.raises(ValueError, match=r'rank 1 does not reach the others \(.*10.9.0.1'):
+        train.World(c).join(c, {})
 
 
 @contextmanager
@@ -1506,121 +1431,52 @@ def test_there_is_always_a_whole_checkpoint(tmp_path, capfd, monkeypatch):
     """The old one until the new one takes its place. A full disk is said, and the run goes on."""
     small_run(tmp_path, '--max_iters=6')
     path, log, whole = tmp_path / 'ckpt.pt', tmp_path / 'log.jsonl', []
-    before, replace, write = (path.read_bytes(), log.read_bytes()), os.replace, train.Log.write
-    resume = '--init_from=resume', '--max_iters=12'
-    with full_disk(1000), pytest.raises(SystemExit, match='a file cannot be .*too large'):
-        small_run(tmp_path, *resume)
-    assert (path.read_bytes(), log.read_bytes()) == before
-    with full_disk(20_000), pytest.raises(SystemExit, match='last checkpoint was not written'):
-        small_run(tmp_path, *resume)
-    assert read_log(tmp_path)[-1]['iter'] == 12 and path.read_bytes() == before[0]
-    assert not list(tmp_path.glob('*.tmp'))
-    sentence = 'could not write .*ckpt.pt .*; the checkpoint before it, .*, is untouched'
-    assert re.search(sentence, capfd.readouterr().err)
+    before, replace = (path.read_bytes(), log.read_bytes()), os.replace
 
     def replacing(source, target):
         if target == path:
             whole.append([train.load_checkpoint(f)['iter_num'] for f in (source, target)])
         replace(source, target)
-
-    def sometimes_full(self, record):  # during iteration 8
-        with full_disk(log.stat().st_size) if record['iter'] == 8 else nullcontext():
-            write(self, record)
+    with full_disk(1000), pytest.raises(SystemExit, match='a file cannot be .*too large'):
+        small_run(tmp_path, '--init_from=resume')
+    assert (path.read_bytes(), log.read_bytes()) == before
+    no_validation = patch.object(train, 'validate', return_value={'val_loss': math.nan})
+    for fault in (full_disk(len(before[1]) + 1000), no_validation):  # soon the log is too long
+        with fault, pytest.raises(SystemExit, match='last checkpoint was not written'):
+            small_run(tmp_path, '--init_from=resume')
+        assert path.read_bytes() == before[0] and not list(tmp_path.glob('*.tmp'))
+    said = capfd.readouterr().err
+    assert 'log.jsonl (File too large)' in said
+    assert re.search('could not write .*ckpt.pt .*; the checkpoint before it, .*, is untouch', said)
     monkeypatch.setattr(os, 'replace', replacing)
-    with patch.object(train, 'validate', return_value={'val_loss': math.nan}), pytest.raises(
-            SystemExit, match='last checkpoint was not written'):
-        small_run(tmp_path, *resume)
-    monkeypatch.setattr(train.Log, 'write', sometimes_full)
     (tmp_path / 'ckpt.tmp').touch()  # of a run that was killed
-    small_run(tmp_path, *resume)
+    small_run(tmp_path, '--init_from=resume')
     assert whole == [[12, 6]]
-    assert [r['iter'] for r in read_log(tmp_path)] == [*range(8), *range(9, 13)]
 
 
 def test_bad_checkpoints_are_refused(reference_run, tmp_path):
     whole, path = (reference_run[0] / 'ckpt.pt').read_bytes(), tmp_path / 'ckpt.pt'
     checkpoint = torch.load(reference_run[0] / 'ckpt.pt', weights_only=True)
     wrong = dict(checkpoint['model'], **{'wte.weight': torch.ones(256, 16)})
-    changes = ({'model': wrong}, {'model': {}}, {'optimizer': {}},
-               {'optimizer': {'state': {}, 'param_groups': []}})
-    for message, contents in (
-            ('is damaged, or no checkpoint', (
-                whole[:len(whole) // 2], b'', b'something else', Path('code that must not run'),
-                torch.ones(3), {'model': {}})),
-            ('was saved with --a, --b, which this version .*does not have', [
-                {**checkpoint, 'config': {**checkpoint['config'], 'b': 1, 'a': 2}}]),
-            ('does not fit the model', [{**checkpoint, **change} for change in changes])):
-        for content in contents:
-            torch.save(content, path)
-            if isinstance(content, bytes):
-                path.write_bytes(content)
-            with pytest.raises(SystemExit, match='ckpt.pt ' + message):
-                small_run(tmp_path, '--init_from=auto')
+    damaged, misfit = 'is damaged, or no checkpoint', 'does not fit the model'
+    for message, content in (
+            (damaged, whole[:len(whole) // 2]), (damaged, b''), (damaged, torch.ones(3)),
+            (damaged, Path('code that must not run')), (damaged, {'model': {}}),
+            ('was saved with --a, --b, which this version .*does not have',
+             {**checkpoint, 'config': {**checkpoint['config'], 'b': 1, 'a': 2}}),
+            (misfit, {**checkpoint, 'model': wrong}), (misfit, {**checkpoint, 'model': {}}),
+            (misfit, {**checkpoint, 'optimizer': {}}),
+            (misfit, {**checkpoint, 'optimizer': {'state': {}, 'param_groups': []}})):
+        torch.save(content, path)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        with pytest.raises(SystemExit, match='ckpt.pt ' + message):
+            small_run(tmp_path, '--init_from=auto')
 
 
-# -----------------------------------------------------------------------------
-# Fuzz: any configuration trains as on one process, or is refused before anything is sent
-
-SOMETIMES = {
-    'n_kv_head': (1, 2), 'wire_dtype': ('compute', 'bf16', 'int8', 'int4'),
-    'grad_wire_dtype': ('compute', 'compute', 'int8', 'int4'), 'exact_local': (True, False),
-    'guess_dim': (0, 3, 256), 'guess_below': (True, False), 'n_generators': (0, 1, 2),
-    'compress_last': (True, False), 'unplug_at': (0, 1), 'codec_lr': (0.1, 1.0),
-    'warm_send': ('local', 'full')}
-
-
-def random_configuration(rng):
-    """-> (world size, flags): small, mostly possible."""
-    def one(*choices):
-        return choices[rng.integers(len(choices))]
-    world_size = int(one(1, 2, 2, 3, 4, 4))
-    cp = one(0, 0, 0, 1, 2)
-    dp = max(1, world_size // (cp or world_size))
-    flags = dict(
-        n_layer=one(1, 2, 3), n_head=one(1, 2, 4), n_embd=one(16, 32),
-        n_chunks=one(one(2, 4, 6, 8), *3 * [2 * world_size // dp * one(1, 2, 3)]),
-        send=one('full', 'local', 'paper', *4 * ['mixture']), cp=cp, warm_start=one(0, 0, 1),
-        batch_size=one(1, 2), gradient_accumulation_steps=one(1, dp, 2 * dp),
-        sync_every=one(1, 1, 1, 2), sync_dtype=one('compute', 'compute', 'int8', 'int4'),
-        recompute=one(True, False), data=one('stdlib', 'needle'),
-        grad_clip=one(0.0, 1.0), link_mbps=one(0.0, 0.0, 1000.0), latency_ms=one(0.0, 0.0, 1.0),
-        latent_dim=one(3, 8, 16, 40))
-    flags['block_size'] = flags['n_chunks'] * one(1, 2, 3, 5)
-    flags.update({name: one(*choices) for name, choices in SOMETIMES.items()
-                  if rng.random() < 0.3})
-    return world_size, flags
-
-
-@pytest.mark.parametrize('seed', range(20))
-def test_fuzz(seed, tmp_path):
-    """One random configuration, on its ranks and on one: trained alike, or refused by both."""
-    world_size, flags = random_configuration(np.random.default_rng(seed))
-    argv = ['--dtype=float64', '--max_iters=2', '--eval_iters=2', '--log_interval=1',
-            '--sample_tokens=0', '--timeout_s=30', '--device=cpu',
-            *(f'--{k}={v}' for k, v in flags.items())]
-    many, one = tmp_path / 'many', tmp_path / 'one'
-    with ThreadPoolExecutor() as other:
-        ranks = other.submit(run_ranks, world_size, many, *argv)
-        try:
-            train.main([*argv, '--cp=1', f'--out_dir={one}'])
-            alone = losses(one)
-        except SystemExit as e:
-            alone = str(e)
-    (codes, said), what = ranks.result(), f'seed {seed}: {world_size} ranks, {argv}'
-    if any(codes):
-        assert set(codes) == {1} and 'Traceback' not in ''.join(said), (what, codes, said)
-        assert 'train.py: ' in said[0], (what, said)
-        assert not (many / 'log.jsonl').exists(), what  # before anything was sent
-        return
-    assert isinstance(alone, dict), (what, alone)
-    found, default = losses(many), 'int4' if flags['send'] == 'mixture' else 'compute'
-    gradient = flags.get('grad_wire_dtype', flags.get('wire_dtype', default))
-    # after the first step as well as before it, unless so few tokens span fewer directions than
-    # asked for: a rotation mixes the others in
-    exact = flags['sync_every'] == 1 and gradient == flags['sync_dtype'] == 'compute' and not (
-        flags['warm_start'] and flags['send'] == 'mixture')
-    assert found[0] == pytest.approx(alone[0], rel=1e-9), what
-    assert found[1] == pytest.approx(alone[1], rel=1e-9 if exact else 0.05), what
+def join_without_old_keys(self, *args, join=train.World.join):
+    join(self, *args)
+    assert not self.store.check(['checkpoint 6'])  # torchrun's store keeps an earlier start's
 
 
 if __name__ == '__main__':  # one rank of a run that torchrun starts twice
