@@ -152,12 +152,12 @@ def test_sums_over_shards_are_in_float32():
         return keys * (1 + source / 64), keys
 
     def gradients(dtype):
-        dout, q, k, v, z, weight = (t.to(dtype).requires_grad_() for t in tensors)
+        q, k, v, dout, z, weight = (t.to(dtype).requires_grad_() for t in tensors)
         out, arrived = attend(ring, q, k, v, [z], (), [weight], codec, rebuild, 1)
         assert arrived.dtype == kernels.accumulation_dtype(dtype)  # of its gradients' sum
         return torch.autograd.grad(out, (z, weight), dout)
     for low, exact in zip(gradients(torch.bfloat16), gradients(torch.float64)):
-        assert_close(low.double(), exact, 'gradient', 0.01)
+        assert_close(low.double(), exact, 'gradient', 0.008)
 
 
 # -----------------------------------------------------------------------------
@@ -326,6 +326,8 @@ def check_dialled_link_delays_exchanges(ring):
     for n in (1, 2):  # what left two ranks at one time arrives one after the other
         link.receive(8000, left=200.0)
         assert link.time == pytest.approx(200.005 + (n - 1) * 0.008)
+    leaves = [link.send(8000, x.device).item() - link.time for _ in range(2)]  # in a queue
+    assert leaves == pytest.approx([0.008, 0.016])
 
 
 def check_meter_equals_formula(ring):
@@ -762,12 +764,11 @@ def test_needle_batch():
             assert all(both - set(positions(n, P)[r].tolist()) for P in (2, 4) for r in range(P))
 
 
-def with_header(start, tokens):
-    return np.pad(np.array(start, np.int32), (0, 256 - len(start))).tobytes() + tokens.tobytes()
-
-
 def test_readers(tmp_path, monkeypatch):
     """Text, .bin with and without a header, globs to any depth of many files."""
+    def with_header(start, tokens):
+        start = np.pad(np.array(start, np.int32), (0, 256 - len(start)))
+        return start.tobytes() + tokens.tobytes()
     tokens, long = np.arange(1000, dtype=np.uint16), np.arange(70_000, 71_000, dtype=np.uint32)
     files = {'text.txt': bytes(range(256)) * 4, 'plain.bin': tokens.tobytes(), 'shard_e.bin': b'',
              'shard_0.bin': with_header([20240520, 1, 400], tokens[:400]),
@@ -847,16 +848,13 @@ def test_bad_flags_are_refused(argv, message, tmp_path, monkeypatch):
     assert not (tmp_path / 'ckpt.pt').exists()
 
 
-def test_a_field_without_a_comment_is_a_flag(monkeypatch):
+def test_flags(monkeypatch):
+    """Presets, methods, what follows from other flags; a field without a comment is a flag too."""
     @dataclass
     class Mine(train.RunConfig):
         dropout: float = 0.1
         why: bool = False
-    monkeypatch.setattr(train, 'RunConfig', Mine)
-    assert train.parse_flags(['--dropout', '0.2', '--why']) == dict(dropout=0.2, why=True)
 
-
-def test_flags():
     def parse(argv):
         return train.parse_config(argv.split())[0]
     c = parse('--preset=800m --method paper --block_size 4096 --compile')
@@ -872,6 +870,8 @@ def test_flags():
     c = parse('--learning_rate=1 --min_lr=0.1 --warmup_iters=10 --max_iters=110')
     rates = [train.learning_rate(it, c) for it in (0, 9, 10, 60, 110, 500)]
     assert rates == pytest.approx([1 / 11, 10 / 11, 1, 0.55, 0.1, 0.1])
+    monkeypatch.setattr(train, 'RunConfig', Mine)
+    assert train.parse_flags(['--dropout', '0.2', '--why']) == dict(dropout=0.2, why=True)
 
 
 def test_a_gpu_for_each_process_or_for_none(monkeypatch):
@@ -1032,12 +1032,6 @@ def test_log_and_falling_loss(reference_run):
     assert len(by_chunk) == 8 and np.mean(by_chunk) == pytest.approx(records[-1]['val_loss'])
 
 
-def test_weights_are_those_of_the_seed(tmp_path):
-    a, b, other = (small_run(tmp_path, f'--seed={seed}', '--max_iters=0')['model'].wte.weight
-                   for seed in (1, 1, 2))
-    assert torch.equal(a, b) and not torch.equal(a, other)
-
-
 def test_needle_is_found_through_the_compressor_alone(tmp_path, capfd):
     argv = '--preset=needle', '--device=cpu', '--recompute', f'--out_dir={tmp_path}'
     blind = train.main([*argv, '--send=local', '--max_iters=100'])['val_loss']
@@ -1097,8 +1091,11 @@ def test_life_of_the_codec(tmp_path, monkeypatch, capfd):
     assert life == ['full'] * 12 + ['codec'] * 4
 
 
-def test_dtype_and_optimizer_options(tmp_path, reference_run):
+def test_seed_dtype_and_optimizer_options(tmp_path, reference_run):
     """bf16 trains. Clipped far below AdamW's epsilon nothing moves; 0: not clipped. --codec_lr."""
+    a, b, other = (small_run(tmp_path, f'--seed={seed}', '--max_iters=0')['model'].wte.weight
+                   for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, other)
     try:
         found, expected = small_run(tmp_path, '--dtype=bfloat16'), reference_run[1]
         assert found['val_loss'] == pytest.approx(expected['val_loss'], rel=0.02)
@@ -1237,17 +1234,14 @@ def end_at(rank, victim, function, mark, call, how):
         setattr(Ring, function, ending)
 
 
-AVERAGE = 'the average of gradients or weights'
-
-
 @pytest.mark.parametrize('where, argv, victim, function, mark, call, how', (
-    ('forward exchange', '', 2, 'exchange', 'fwd', 40, 'exit'),
-    ('backward exchange', '', 1, 'exchange', 'bwd', 41, signal.SIGKILL),
-    (AVERAGE, '--sync_every=2', 0, 'reduce_over_world', AVERAGE, 3, signal.SIGSTOP)))
+    ('forward exchange', (), 2, 'exchange', 'fwd', 40, 'exit'),
+    ('backward exchange', (), 1, 'exchange', 'bwd', 41, signal.SIGKILL),
+    ('the average of gradients or weights', ['--sync_every=2'], 0, 'reduce_over_world',
+     'the average of gradients or weights', 3, signal.SIGSTOP)))
 def test_a_dead_peer_ends_all(tmp_path, where, argv, victim, function, mark, call, how):
     """The others say whom they waited for, and in what."""
-    argv = [*SMALL, '--timeout_s=5', '--block_size=96', '--n_chunks=6', '--eval_interval=3',
-            *argv.split()]
+    argv = *SMALL, '--timeout_s=5', '--block_size=96', '--n_chunks=6', '--eval_interval=3', *argv
     kill = end_at, victim, function, mark, call, how
     codes, said = run_ranks(3, tmp_path, *argv, sabotage=kill, victim=victim)
     spoke = [(tmp_path / f'{rank}.txt').stat().st_mtime for rank in range(3)]
@@ -1301,15 +1295,11 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
     assert [r['iter'] for r in read_log(tmp_path, configs=True)] == [0, 6]  # it did die
 
 
-def test_a_run_too_many(tmp_path, monkeypatch):
-    """One that writes to the same folder; one for each task of SLURM."""
+def test_two_runs_in_one_folder(tmp_path):
     with open(tmp_path / 'lock', 'wb') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         with pytest.raises(SystemExit, match='another run writes to .*: change --out_dir'):
             small_run(tmp_path)
-    monkeypatch.setenv('SLURM_NTASKS', '2')
-    with pytest.raises(SystemExit, match='without torchrun each of 2 SLURM tasks is a run of its'):
-        small_run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['lock']
 
 
