@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -341,8 +341,7 @@ def check_meter_equals_formula(ring):
             (dict(send='local'), 0, 0),
             # a scale for each of three key heads; keys and values once more in backward
             (full, 6 * (d // 2 + 2) * T, 6 * (d // 2 + 2 + d + 2) * T),
-            (dict(send='first', n_layer=2, wire_dtype='int4'), (1 + 2 * 4 + 3) * T,
-             (2 * 4 + 3) * T),
+            (dict(send='first', n_layer=2, wire_dtype='int4'), (1 + 8 + 3) * T, (8 + 3) * T),
             # in two of three layers: the first one's keys and values are known
             (dict(wire_dtype='int4', grad_wire_dtype='bf16'), (4 + 2) * T, 7 * 2 * T),
             (dict(guess_below=False), 7 * T * 8, 7 * T * 8),
@@ -671,8 +670,7 @@ def test_what_loses_nothing():
         model = small_model(latent_dim=32, guess_dim=guess_dim)
         model.start_codecs([IDX])
         assert_close(model(IDX)[0], expected, 'logits', 1e-6)
-    model = small_model(compress_last=False, wire_dtype='int4')
-    last = model.h[2].attn.active
+    last = small_model(compress_last=False, wire_dtype='int4').h[2].attn.active
     assert (type(last), last.wire_dtype, last.grad_wire_dtype) == (mos_cp.Full, *2 * ['compute'])
 
 
@@ -820,6 +818,7 @@ def test_a_pipe_that_nobody_reads(tmp_path):
 @pytest.mark.parametrize('argv, message', (
     ('--blok_size=8', 'the nearest flag is --block_size'), ('--lr=1', '--lr; --help lists all'),
     ('--block_size=eight', "invalid int value: 'eight'"), ('--compile=maybe', "choice: 'maybe'"),
+    ('--preset=some', "--preset: invalid choice: 'some'"), ('--tflops=0', 'tflops .0.0. must be'),
     ('--block_size=1000', 'multiple of n_chunks .16.: change --block_size or --n_chunks'),
     ('--n_embd=100 --n_head=3', r'n_embd \(100\) must be a multiple of 2 \* n_head \(6\)'),
     ('--n_head=4 --n_kv_head=3', r'n_head \(4\) must be a multiple of n_kv_head \(3\)'),
@@ -991,10 +990,11 @@ def run_ranks(n, folder, *argv, sabotage=None, victim=None, seconds=60):
         process.join()
     codes, said = ([process.exitcode for process in ranks],
                    [(folder / f'{rank}.txt').read_text() for rank in range(n)])
+    print(*said)  # pytest shows it if a test fails
     if not any(codes):  # rounded not alike, and yet the same on all ranks
         ends = [re.findall('^seed (.*), weights (.*)$', text, re.MULTILINE)[-1] for text in said]
         seeds, weights = map(set, zip(*ends))
-        assert len(seeds) == n and len(weights) == 1, said
+        assert len(seeds) == n and len(weights) == 1
     return codes, said
 
 
@@ -1122,8 +1122,7 @@ def test_seed_dtype_and_optimizer_options(tmp_path, reference_run):
     (4, '--cp=2 --n_layer=3 --n_kv_head=1 --warm_send=full --recompute --batch_size=2')))
 def test_processes_equal_one(tmp_path, n, argv):
     argv = *SMALL, '--max_iters=6', '--eval_interval=3', *argv.split()
-    codes, said = run_ranks(n, tmp_path / 'many', *argv)
-    assert not any(codes), said
+    assert run_ranks(n, tmp_path / 'many', *argv)[0] == [0] * n
     train.main([*argv, '--cp=1', f'--out_dir={tmp_path}/one'])
     assert_same_log(read_log(tmp_path / 'many'), read_log(tmp_path / 'one'))
 
@@ -1132,7 +1131,7 @@ def test_four_processes_resume_a_run_of_one(reference_run, tmp_path):
     """2 x 2 processes give the numbers of one, bytes included, and go on from its checkpoint."""
     small_run(tmp_path, '--max_iters=4', '--eval_interval=4')
     codes, said = run_ranks(4, tmp_path, *SMALL, '--cp=2', '--init_from=resume')
-    assert codes == [0] * 4, said
+    assert codes == [0] * 4
     records = read_log(tmp_path)
     assert_same_log(records, reference_run[1]['records'])
     n = 64 * 2 * 8  # tokens of the other rank, in the second layer alone; sequences, bytes
@@ -1151,9 +1150,9 @@ def test_weights_averaged_every_few_steps(reference_run, tmp_path):
     for interval, dtype, validated in ((3, 'compute', [0, 4, 8, 12]), (12, 'compute', [0, 12]),
                                        (12, 'int4', [0, 12])):
         argv = *SMALL, '--sync_every=4', f'--eval_interval={interval}', f'--sync_dtype={dtype}'
-        codes, said = run_ranks(2, tmp_path, *argv)
+        assert run_ranks(2, tmp_path, *argv)[0] == [0, 0]
         records = read_log(tmp_path)
-        assert codes == [0, 0] and [r['iter'] for r in records if 'val_loss' in r] == validated
+        assert [r['iter'] for r in records if 'val_loss' in r] == validated
         runs.append((losses(tmp_path), records[-1]['val_loss']))
         sync = 8 * n if dtype == 'compute' else -(-n // 256) * 2 * 66
         save = 8 * (2 * n + len(params)) if interval == 3 else 0  # also of each one's step
@@ -1166,8 +1165,7 @@ def test_weights_averaged_every_few_steps(reference_run, tmp_path):
 
 
 def test_gradients_in_few_bits(reference_run, tmp_path):
-    codes, said = run_ranks(2, tmp_path, *SMALL, '--sync_dtype=int8')
-    assert codes == [0, 0], said
+    assert run_ranks(2, tmp_path, *SMALL, '--sync_dtype=int8')[0] == [0, 0]
     result, expected = losses(tmp_path)[11], reference_run[1]['records'][11]['loss']
     assert result != pytest.approx(expected, rel=1e-9) and result == pytest.approx(expected, 0.02)
 
