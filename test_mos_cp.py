@@ -1299,7 +1299,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
 
 def test_two_runs_in_one_folder(tmp_path):
     with open(tmp_path / 'lock', 'wb') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+        fcntl.flock(f, fcntl.LOCK_SH)
         with pytest.raises(SystemExit, match='another run writes to .*: change --out_dir'):
             small_run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['lock']
