@@ -278,7 +278,7 @@ def rope_angles(positions, head_dim, base):
 @fused
 def _cos_and_sin(positions, frequencies):
     turns = torch.outer(positions.double(), frequencies / (2 * math.pi))  # (T, hd/2)
-    # less than half a turn fits float32, whose cosine is far cheaper than float64's
+    # reduced to half a turn it fits float32, whose cosine is far cheaper than float64's
     angle = ((turns - turns.round()) * (2 * math.pi)).float()
     cos, sin = angle.cos(), angle.sin()
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=1)

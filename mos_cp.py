@@ -55,7 +55,7 @@ class Full(nn.Module):
     more in backward, and sees nothing but its arguments: a parameter that it read from self would
     get no gradient. So what learns there is returned by `weights` or `know`.
     """
-    keep = False  # True, for a small payload: hold it until backward. False: it is sent again then
+    keep = False  # True, for small payloads: held until backward. False: sent once more then
     feeds_above = False  # True, with keep: layers above get what arrives, of (B, T, r)
     reads_words = False  # True: `know` gets words
 
@@ -67,7 +67,7 @@ class Full(nn.Module):
     def know(self, tokens, words, below):
         """
         What every rank knows of all tokens without being told: tensors (world_size, B, T, ...).
-        tokens (world_size, B, T, guess_tokens): of these the j-th is the one j places before.
+        tokens (world_size, B, T, guess_tokens): entry j is the token j places before.
         words (vocab_size, n_embd): the embedding, normed. below (world_size, B, T, n_below): the
         numbers that arrived for the layers below with `feeds_above`. Both get gradients.
         """
@@ -77,7 +77,7 @@ class Full(nn.Module):
         """
         The tensors that `expand` needs, made once a step from parameters, from W (2 d, n_embd),
         with which an input x has keys and values W x, and from the gain (n_embd) of the norm that
-        makes x.
+        makes x (for `FirstLayer`).
         """
         return ()
 
@@ -163,10 +163,10 @@ class Mixture(Full):
     @kernels.fused
     def look_up(self, tokens, words, W_e):
         table = words @ W_e.transpose(0, 1).flatten(1)  # (vocab_size, guess_tokens * (m + k))
-        places = tokens.shape[-1]  # row token * places + j of the table: W_e_j^T of its e
-        table = table.view(len(words) * places, self.m + self.k)
-        rows = tokens * places + torch.arange(places, device=tokens.device)
-        return F.embedding(rows, table).sum(dim=-2, dtype=table.dtype)
+        n_back = tokens.shape[-1]  # row token * n_back + j of the table: W_e_j^T of its e
+        table = table.view(len(words) * n_back, self.m + self.k)
+        rows = tokens * n_back + torch.arange(n_back, device=tokens.device)
+        return gather(table, rows).sum(dim=-2, dtype=table.dtype)
 
     def guess_inputs(self, known, dtype):
         """What is known of tokens -> y (B, T, m + n_below), s (B, T, k)."""
@@ -226,7 +226,7 @@ class Mixture(Full):
         regression of x on e and z of the layers below, E_0 and D_0 what is best for W of the rest.
         """
         C, W, n = moment.double() / moment[-1, -1], W.double(), len(self.E)  # means over tokens
-        xy, yy = C[:n, n:], C[n:, n:]  # y = [e, z, 1]
+        xy, yy = C[:n, n:], C[n:, n:]  # y = [e, z, 1]; after step 1 [t, z, 1]
         if self.m:
             # 1. The m numbers of e that say most to W beside z: t, so that y = [t, z, 1]
             n_e = self.W_e[..., 0].numel()
@@ -319,8 +319,8 @@ class Paper(Full):
     @torch.no_grad()
     def start(self, W, moment):
         """From the weights alone: U_0 becomes the principal directions of the columns of W."""
-        for U, W in zip(self.U, W.double().chunk(2)):
-            U_0, _ = bottleneck(W @ W.T, torch.eye(len(W)).to(W), U.shape[-1])
+        for U, half in zip(self.U, W.double().chunk(2)):
+            U_0, _ = bottleneck(half @ half.T, torch.eye(len(half)).to(half), U.shape[-1])
             U.copy_(self.rotated(U_0))
 
 
@@ -352,6 +352,11 @@ def bottleneck(M, W, r):
     return E / scale, D * scale
 
 
+def gather(table, rows):
+    """table (N, n), rows (...) -> (..., n). The gradients of a row's many uses add up in float32."""
+    return F.embedding(rows, table.to(kernels.accumulation_dtype(table.dtype))).to(table.dtype)
+
+
 def aligned(x):
     """x (..., r) with zeros up to a multiple of 8: others miss a GPU's fast matrix products."""
     return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
@@ -365,7 +370,7 @@ class FirstLayer(Full):
     keep = reads_words = True
 
     def know(self, tokens, words, below):
-        return (F.embedding(tokens[..., 0], words),)
+        return (gather(words, tokens[..., 0]),)
 
     def weights(self, W, gain):
         return (W * gain,)
@@ -542,8 +547,7 @@ class Attention(nn.Module):
             payload = codec.compress(x, kv, [t[ring.rank] for t in known])
             weights = codec.weights(self.c_kv.weight, norm.weight)
         span = c.chunk_size if c.exact_local or not codec else 0
-        # what rebuilds keys and values as they were needs no second pass over a rank's own shard,
-        # which in one piece is causal in its order
+        # exact payloads: a rank's own shard, in one piece causal in its order, is not rebuilt
         if type(codec) is FirstLayer or type(codec) is Full and codec.wire_dtype == 'compute':
             span = T
         y, *arrived = attend(ring, q, k, kv[:, :, 1], payload, known, weights, codec, rebuild, span)
@@ -600,7 +604,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.set_send('codec')
-        # whose codecs have something to start
+        # blocks whose codecs have something to start
         self.started = [block for block in self.h if hasattr(block.attn.codec, 'start')]
         self.ln_f = Norm(config.n_embd, eps=1e-5)
         self.ln_words = Norm(config.n_embd, eps=1e-5, elementwise_affine=False)  # for codecs
@@ -645,7 +649,7 @@ class GPT(nn.Module):
         n, c = idx.shape[1], self.config
         check(n <= c.block_size, f'sequence length ({n}) is above block_size ({c.block_size})',
               'block_size')
-        if ring.world_size == 1:  # padding: only the mean of a chunk (`Paper`) sees it
+        if ring.world_size == 1:  # padding: only means see it, of a chunk (`Paper`), at a start
             idx = F.pad(idx, (0, -n % c.chunk_size))
         ring.check(idx.shape[1], c.chunk_size)
         where = positions(idx.shape[1], ring.world_size, idx.device)

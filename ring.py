@@ -130,12 +130,16 @@ def attend(ring, q, k, v, payload, known, weights, codec, rebuild, span):
                          q, k, v, *payload, *known, *weights)
 
 
+def floating(tensors):
+    """Of a payload what is rounded, and gets gradients."""
+    return [t for t in tensors if t.is_floating_point()]
+
+
 def first_tokens(tensors, n, T):
     """Of tensors (B, S, ...) that belong to T tokens the part of the first n: (B, S n / T, ...)."""
     return [t[:, :t.shape[1] * n // T] for t in tensors]
 
 
-@kernels.fused
 def add_up(totals, gradients, dtype):
     """Sums of lists, item by item, in `dtype`. None is nothing; a first one stays as it is."""
     sums = []
@@ -171,7 +175,7 @@ class _Attend(torch.autograd.Function):
         arrived = []
         if keep and codec.feeds_above:
             arrived = [t.new_empty(ring.world_size, *t.shape, dtype=sum_dtype)
-                       for t, size in zip(payload, sizes) if size]
+                       for t in floating(payload)]
         mine, arriving, ctx.shards, out, lse = [], [], [], None, None
         with torch.autocast(q.device.type, enabled=False):
             # 1. Our payload leaves, and theirs are under way to us (at once, if we keep them all).
@@ -186,7 +190,7 @@ class _Attend(torch.autograd.Function):
                 if source == ring.rank or keep:  # for backward
                     ctx.shards.append((source, wire))
                 shard = codec.unpack(wire, sizes, q.dtype)
-                for place, t in zip(arrived, (t for t, size in zip(shard, sizes) if size)):
+                for place, t in zip(arrived, floating(shard)):
                     place[source] = t
                 if calls := visible(span, T, ring.rank, source):
                     n = T // 2 if source < ring.rank else T  # no query here sees more
@@ -209,12 +213,12 @@ class _Attend(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         known, weights = tensors[:n_known], tensors[n_known:]
         T, sum_dtype = q.shape[1], kernels.accumulation_dtype(q.dtype)
-        float_sizes = [size for size in sizes if size]
+        float_sizes = [size for size in sizes if size is not None]
         dpayload, dweights = [None] * len(float_sizes), [None] * len(weights)
         dknown = [torch.zeros_like(t) if t.requires_grad else None for t in known]
         dq = dk = dv = None
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-        coming = deque()  # the shares of the gradient of our own payload, ours and other ranks'
+        coming = deque()  # functions that wait for a rank's share of our payload's gradient
 
         def add_next():
             gradient = codec.unpack(coming.popleft()(), float_sizes, sum_dtype, gradient=True)
@@ -232,7 +236,7 @@ class _Attend(torch.autograd.Function):
             for source, wire in chain(others, mine):
                 shard = [t.detach().requires_grad_(t.is_floating_point())
                          for t in codec.unpack(wire, sizes, q.dtype)]
-                floats = [t for t in shard if t.requires_grad]
+                floats = floating(shard)
                 dshard = [t if t is None else t[source] for t in darrived or [None] * len(floats)]
                 calls = visible(span, T, ring.rank, source)
                 if calls:  # none: it is our own, and all of it exact
@@ -273,7 +277,7 @@ class _Attend(torch.autograd.Function):
                 dpayload = add_next()
         ctx.shards, dpayload = None, iter(dpayload)  # autograd may hold ctx for longer
         return (*6 * [None], dq.to(q.dtype), dk, dv,
-                *(next(dpayload) if size else None for size in sizes), *dknown, *dweights)
+                *(None if size is None else next(dpayload) for size in sizes), *dknown, *dweights)
 
 
 # -----------------------------------------------------------------------------
@@ -301,8 +305,8 @@ class Ring:
     """
     The ranks that share one sequence (a context-parallel group), seen from this rank.
     group: a torch.distributed process group; None: one process, and nothing is ever sent.
-    meter: bytes 'sent_fwd' and 'received_fwd', and 'exchanges_fwd', the same with bwd, counted
-        where tensors are handed to torch.distributed, and with sync, what `average` costs.
+    meter: bytes sent_X and received_X, and exchanges_X. X: fwd, bwd, counted where tensors are
+        handed to torch.distributed, or sync, what `average` costs.
     """
 
     def __init__(self, group=None, link=None):

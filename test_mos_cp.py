@@ -563,6 +563,12 @@ def test_formulas():
         assert_close(a, b, name)
 
 
+def test_gradients_of_frequent_tokens_add_up():
+    table = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    mos_cp.gather(table, torch.zeros(1000, dtype=torch.int64)).sum().backward()
+    assert table.grad.tolist() == [[1000], [0]]  # bf16 sums end at 256
+
+
 def test_regression():
     """R has no gradient of the sum of squares with its ridge, from which the last y is free."""
     g = seeded(0)
@@ -697,6 +703,14 @@ def test_compiled_equals_eager():
         assert not compile.called
         assert_same_steps(train_steps(small_model(compile=True, **options), 2), eager)
         assert 5 < compile.call_count < 15  # not for each layer or step
+        n_graphs = []
+        for n_layer in (3, 5):
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            model = small_model(Rehearsal(2), compile=True, n_layer=n_layer, **options)
+            model(IDX, IDX)[1].backward()
+            n_graphs.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+        assert n_graphs[0] == n_graphs[1] > 0  # nor a graph for each
     kernels.compile_fused(False)
 
 
