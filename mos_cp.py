@@ -385,6 +385,7 @@ class FirstLayer(Full):
 
 
 CODECS = {'mixture': Mixture, 'paper': Paper, 'full': Full, 'local': None}  # the values of --send
+# how to add one of your own stands in README.md
 
 
 # -----------------------------------------------------------------------------
