@@ -34,7 +34,7 @@ class Full(nn.Module):
     """
     Keys and values as they are. The base of all codecs. One of your own needs `compress` and
     `expand`, and an entry in CODECS; rounding to fewer bits, and gradients across the wire, come
-    for free. If it learns something:
+    for free. If it learns something (the random numbers change no other initial weight):
 
         class LowRank(Full):
             def __init__(self, config, layer):
