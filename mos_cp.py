@@ -353,7 +353,7 @@ def bottleneck(M, W, r):
 
 
 def gather(table, rows):
-    """table (N, n), rows (...) -> (..., n). The gradients of a row's many uses add up in float32."""
+    """table (N, n), rows (...) -> (..., n). Gradients of a row's many uses add up in float32."""
     return F.embedding(rows, table.to(kernels.accumulation_dtype(table.dtype))).to(table.dtype)
 
 
@@ -419,7 +419,7 @@ class GPTConfig:
     send: str = 'mixture'  # mixture (ours), paper, full (uncompressed), or local (nothing)
     latent_dim: int = 16  # numbers sent for a token and layer, its key and value together
     n_generators: int = 4  # how many matrices theta mixes into the subspace; 0: one subspace
-    guess_dim: int = 64  # numbers that a layer looks up for its guess; 0: none, and layer 0 sends
+    guess_dim: int = 64  # numbers that a layer looks up; 0: none, and the first layer sends too
     guess_tokens: int = 2  # tokens that are looked up: this one, and those just before it
     guess_below: bool = True  # the guess also uses what was sent for the layers below
     exact_local: bool = True  # a chunk's own keys and values are exact; False (the paper): rebuilt

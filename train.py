@@ -62,8 +62,8 @@ class RunConfig:
     always_save_checkpoint: bool = True  # False: only when the validation loss is the best so far
     prompt: str = 'def '  # text to continue at the end of the run (byte-level data only)
     sample_tokens: int = 200  # length of that continuation; 0: none
-    warm_start: int = 50  # iterations before the codec starts, then in principal directions
-    warm_send: str = 'local'  # what travels in these: local (nothing), or full (uncompressed)
+    warm_start: int = 50  # iterations before the codecs start, in which --warm_send travels
+    warm_send: str = 'local'  # what travels before that: local (nothing), or full (uncompressed)
     unplug_at: int = 0  # iteration from which everything is sent uncompressed; 0: never
     batch_size: int = 16  # sequences per micro-step
     gradient_accumulation_steps: int = 1  # micro-steps per iteration, shared out over dp
@@ -72,7 +72,7 @@ class RunConfig:
     warmup_iters: int = 20  # iterations of linear warm-up
     lr_decay_iters: int = 0  # iteration at which the cosine decay ends; 0: max_iters
     min_lr: float = 2e-4  # learning rate at the end of the decay
-    codec_lr: float = 1.0  # learning rate of the codecs over the others'; rises from their start on
+    codec_lr: float = 1.0  # the codecs' learning rate over the others'; rises from their start
     weight_decay: float = 0.1  # weight decay of the matrices
     beta1: float = 0.9  # AdamW's beta1
     beta2: float = 0.95  # AdamW's beta2
