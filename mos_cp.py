@@ -459,7 +459,8 @@ class GPTConfig:
         check(self.send != 'paper' or 1 <= min(self.paper_dims) <= max(self.paper_dims) <= d,
               f'latent_dim ({self.latent_dim}) must leave keys and values between 1 and {d} '
               f'numbers each, not {self.paper_dims}', 'latent_dim')
-        check(self.compress_last or self.n_layer > 1 or self.send in ('full', 'local'),
+        first = int(self.send == 'mixture' and self.guess_dim > 0)  # sends nothing
+        check(self.compress_last or self.n_layer > 1 + first or self.send in ('full', 'local'),
               f'compress_last ({self.compress_last}) leaves nothing to compress when n_layer is '
               f'{self.n_layer}', 'compress_last', 'n_layer')
 

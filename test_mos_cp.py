@@ -841,7 +841,7 @@ def test_a_pipe_that_nobody_reads(tmp_path):
     ('--n_kv_head=1 --latent_dim=49', 'at most 48'), ('--latent_dim=97', 'at most 96'),
     ('--method=paper --latent_dim=1', 'latent_dim .1. must leave'), ('--data=no/such', 'no file'),
     ('--plan --dtype=float64', r'dtype \(float64\) must be bfloat16 or float32 with --plan'),
-    ('--compress_last=False --n_layer=1', 'leaves nothing to compress when n_layer is 1'),
+    ('--compress_last=False --n_layer=2', 'leaves nothing to compress when n_layer is 2'),
     ('--cp=2', 'world size .1. must be a multiple of cp'), ('--batch_size=0', 'at least 1'),
     ('--unplug_at=50', r'between warm_start \(50\) and max_iters'), ('--rehearse=1', 'least 2'),
     ('--warm_start=500', 'below max_iters .500.'), ('--learning_rate=nan', 'must be at least 0'),
