@@ -150,6 +150,25 @@ def add_up(totals, gradients, dtype):
     return sums
 
 
+def rebuilt_backward(rebuild, leaves, source, n, T, attention):
+    """
+    Backward of attention to a rebuilt shard -> dQ; the other gradients are left in .grad of leaves:
+    its payload, what is known of it, and weights. attention: a function (K, V) -> dQ, dK, dV.
+    """
+    # 3. Its K and V once more, now as a graph from the leaves.
+    payload, known, weights = leaves
+    with torch.enable_grad():
+        keys, values = rebuild(first_tokens(payload, n, T), first_tokens(known, n, T), weights,
+                               source, n)
+    # 4. Attention to it: its share of our dQ, our queries' share of its dK, dV.
+    dq, dkeys, dvalues = attention(keys.detach(), values.detach())
+    # 5. From dK and dV through `rebuild` to the gradients of all it used.
+    used = [t for t in (*payload, *known, *weights) if t.requires_grad]
+    if used:
+        torch.autograd.backward((keys, values), (dkeys, dvalues), inputs=used)
+    return dq
+
+
 class _Attend(torch.autograd.Function):
     """
     With keys and values K, V = rebuild(payload) of every shard, and lse the log of the softmax's
@@ -240,21 +259,14 @@ class _Attend(torch.autograd.Function):
                 dshard = [t if t is None else t[source] for t in darrived or [None] * len(floats)]
                 calls = visible(span, T, ring.rank, source)
                 if calls:  # none: it is our own, and all of it exact
-                    # 3. Its K and V once more, now as a graph from its payload, what is known of
-                    #    it, and the weights.
+                    # 3. to 5. Its share of our dQ; in .grad of its payload, of what is known of it,
+                    #    and of the weights, what our queries give these.
                     n = T // 2 if source < ring.rank else T
                     of_source = [t[source].detach().requires_grad_(t.requires_grad) for t in known]
                     copies = [t.detach().requires_grad_(t.requires_grad) for t in weights]
-                    with torch.enable_grad():
-                        keys, values = rebuild(first_tokens(shard, n, T),
-                                               first_tokens(of_source, n, T), copies, source, n)
-                    # 4. Attention to it: its share of our dQ, our queries' share of its dK, dV.
-                    dq, dkeys, dvalues = kernels.shard_backward(
-                        dout, q, keys.detach(), values.detach(), out, lse, calls, dq)
-                    # 5. From dK and dV through `rebuild` to the gradients of all it used.
-                    used = [t for t in (*shard, *of_source, *copies) if t.requires_grad]
-                    if used:
-                        torch.autograd.backward((keys, values), (dkeys, dvalues), inputs=used)
+                    dq = rebuilt_backward(
+                        rebuild, (shard, of_source, copies), source, n, T,
+                        lambda K, V: kernels.shard_backward(dout, q, K, V, out, lse, calls, dq))
                     dshard = add_up(dshard, [t.grad for t in floats], sum_dtype)
                     dweights = add_up(dweights, [t.grad for t in copies], sum_dtype)
                     for total, t in zip(dknown, of_source):
