@@ -64,8 +64,8 @@ def dense_attend(ring, q, k, v, payload, known, weights, codec, rebuild, span):
     """`attend` on one process: all scores at once, one mask, one softmax, and autograd."""
     t = torch.arange(q.shape[1])
     past = t[:, None] >= t
-    own = t[:, None] // span == t // span if span else torch.zeros_like(past)
-    mask, arrived = past & own, []
+    same_span = t[:, None] // span == t // span if span else torch.zeros_like(past)
+    mask, arrived = past & same_span, []
     if codec:  # straight-through: the value of what travelled, the gradient of what was sent
         sizes = [p.shape[-1] if p.is_floating_point() else None for p in payload]
         travelled = codec.unpack(codec.pack([p.detach() for p in payload]), sizes, q.dtype)
@@ -73,7 +73,7 @@ def dense_attend(ring, q, k, v, payload, known, weights, codec, rebuild, span):
                    for p, w in zip(payload, travelled)]
         keys, values = rebuild(payload, [t[0] for t in known], weights, 0, q.shape[1])
         k, v, mask = (torch.cat(pair, dim=1) for pair in ((k, keys), (v, values),
-                                                          (mask, past & ~own)))
+                                                          (mask, past & ~same_span)))
         if codec.keep and codec.feeds_above:
             arrived = [p.unsqueeze(0) for p in payload if p.is_floating_point()]
     k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
@@ -985,7 +985,7 @@ def run_rank(rank, world_size, port, folder, argv, sabotage):
 
 def run_ranks(n, folder, *argv, sabotage=None, victim=None, seconds=60):
     """
-    n processes of `run_rank` -> exit codes and what was said. sabotage: (function, *arguments),
+    n processes of `run_rank` -> exit codes and what was printed. sabotage: (function, *arguments),
     called as function(rank, ...). The victim, and who still runs after so many seconds, is killed.
     """
     folder.mkdir(exist_ok=True)
@@ -1003,14 +1003,14 @@ def run_ranks(n, folder, *argv, sabotage=None, victim=None, seconds=60):
     for process in ranks:
         process.kill()
         process.join()
-    codes, said = ([process.exitcode for process in ranks],
-                   [(folder / f'{rank}.txt').read_text() for rank in range(n)])
-    print(*said)  # pytest shows it if a test fails
+    codes, printed = ([process.exitcode for process in ranks],
+                      [(folder / f'{rank}.txt').read_text() for rank in range(n)])
+    print(*printed)  # pytest shows it if a test fails
     if not any(codes):  # rounded not alike, and yet the same on all ranks
-        ends = [re.findall('^seed (.*), weights (.*)$', text, re.MULTILINE)[-1] for text in said]
+        ends = [re.findall('^seed (.*), weights (.*)$', text, re.MULTILINE)[-1] for text in printed]
         seeds, weights = map(set, zip(*ends))
         assert len(seeds) == n and len(weights) == 1
-    return codes, said
+    return codes, printed
 
 
 @pytest.fixture(scope='module')
@@ -1020,9 +1020,9 @@ def reference_run(tmp_path_factory):
     return folder, small_run(folder)
 
 
-def assert_same_log(found, expected):
-    assert [r['iter'] for r in found] == [r['iter'] for r in expected]
-    for a, b in zip(found, expected):
+def assert_same_log(records, expected):
+    assert [r['iter'] for r in records] == [r['iter'] for r in expected]
+    for a, b in zip(records, expected):
         for key in ('loss', 'val_loss', 'grad_norm', 'val_loss_by_chunk'):
             assert (key in a) == (key in b), (key, a, b)
             values = (np.array(record.get(key, 0), float) for record in (a, b))  # None: NaN
@@ -1032,8 +1032,8 @@ def assert_same_log(found, expected):
 def test_rehearsal_and_evaluation_leave_no_trace(tmp_path, capfd):
     result = small_run(tmp_path, '--rehearse=4', '--sync_every=4', '--sample_tokens=9')
     small_run(tmp_path, '--eval_only', '--link_mbps=9', '--sample_tokens=9')
-    said, steps = capfd.readouterr().out, [r for r in result['records'] if 'loss' in r]
-    assert 'a rehearsal of rank 2 of 4' in said and '--- sample' not in said
+    printed, steps = capfd.readouterr().out, [r for r in result['records'] if 'loss' in r]
+    assert 'a rehearsal of rank 2 of 4' in printed and '--- sample' not in printed
     assert not list(tmp_path.iterdir()) and all(math.isfinite(r['loss']) for r in steps)
     assert steps[-1]['received_fwd'] and steps[-1]['received_sync']
 
@@ -1055,13 +1055,13 @@ def test_needle_is_found_through_the_compressor_alone(tmp_path, capfd):
     argv = '--preset=needle', '--device=cpu', '--recompute', f'--out_dir={tmp_path}'
     blind = train.main([*argv, '--send=local', '--max_iters=100'])['val_loss']
     assert abs(blind - np.log(train.N_VALUES)) < 0.05
-    found = train.main(argv)
-    looked_up = [p for name, p in found['model'].named_parameters() if 'W_e' in name]
+    result = train.main(argv)
+    looked_up = [p for name, p in result['model'].named_parameters() if 'W_e' in name]
     assert not any(p.numel() for p in looked_up)  # no rank finds the answer there
-    ours = found['records'][-1]['val_loss_by_chunk']
+    ours = result['records'][-1]['val_loss_by_chunk']
     assert ours[:2] == [None] * 2 and max(ours[2:]) < 0.3
-    said = re.findall(r'([0-9.]+)% right answers \(chance: 12.5%\)', capfd.readouterr().out)
-    assert float(said[0]) < 20 and float(said[-1]) > 50  # which a loss below 0.3 implies
+    printed = re.findall(r'([0-9.]+)% right answers \(chance: 12.5%\)', capfd.readouterr().out)
+    assert float(printed[0]) < 20 and float(printed[-1]) > 50  # which a loss below 0.3 implies
 
 
 def test_paths_and_only_the_best_checkpoint(tmp_path, monkeypatch, capfd):
@@ -1074,9 +1074,9 @@ def test_paths_and_only_the_best_checkpoint(tmp_path, monkeypatch, capfd):
     assert records[-1]['val_loss'] > records[0]['val_loss'] > records[11]['loss'] + 1
     assert (tmp_path / 'log.jsonl').exists() and not (tmp_path / 'ckpt.pt').exists()
     small_run('~', *argv, '--sample_tokens=20', '--prompt=caf\udce9')
-    said = capfd.readouterr().out
-    assert '--- sample\ncaf\ufffd' in said
-    assert 'data: 1,000 tokens in 1 file(s) longer than block_size (of 2)' in said
+    printed = capfd.readouterr().out
+    assert '--- sample\ncaf\ufffd' in printed
+    assert 'data: 1,000 tokens in 1 file(s) longer than block_size (of 2)' in printed
 
 
 def test_life_of_the_codec(tmp_path, monkeypatch, capfd):
@@ -1097,8 +1097,8 @@ def test_life_of_the_codec(tmp_path, monkeypatch, capfd):
     start = ['local', (1, 128), (1, 128)]
     assert life == ['local'] * 6 + [start] + ['codec'] * 8 + ['full'] * 10
     assert len(seeds) == 12  # iterations do not round alike
-    said = re.findall(r'^iter +(\d+): (.*s sent|.*starts)', capfd.readouterr().out, re.MULTILINE)
-    assert said == [('0', 'nothing is sent'), ('3', 'the codec starts'), ('7', 'all is sent')]
+    printed = re.findall(r'^iter +(\d+): (.*s sent|.*starts)', capfd.readouterr().out, re.MULTILINE)
+    assert printed == [('0', 'nothing is sent'), ('3', 'the codec starts'), ('7', 'all is sent')]
     checkpoint = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
     model = GPT(GPTConfig(**checkpoint['model_args'])).double()  # as users of nanoGPT do
     model.load_state_dict(checkpoint['model'])
@@ -1116,9 +1116,9 @@ def test_seed_dtype_and_optimizer_options(tmp_path, reference_run):
                    for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, other)
     try:
-        found, expected = small_run(tmp_path, '--dtype=bfloat16'), reference_run[1]
-        assert found['val_loss'] == pytest.approx(expected['val_loss'], rel=0.02)
-        assert abs(found['loss'] / expected['loss'] - 1) > 1e-6  # and it is bf16
+        result, expected = small_run(tmp_path, '--dtype=bfloat16'), reference_run[1]
+        assert result['val_loss'] == pytest.approx(expected['val_loss'], rel=0.02)
+        assert abs(result['loss'] / expected['loss'] - 1) > 1e-6  # and it is bf16
     except RuntimeError as e:  # PyTorch's kernel, where AVX-512 is there and may not be used
         assert 'pack_vnni2' in str(e)
     for clip, learns in (('1e-12', False), ('0', True)):
@@ -1145,7 +1145,7 @@ def test_processes_equal_one(tmp_path, n, argv):
 def test_four_processes_resume_a_run_of_one(reference_run, tmp_path):
     """2 x 2 processes give the numbers of one, bytes included, and go on from its checkpoint."""
     small_run(tmp_path, '--max_iters=4', '--eval_interval=4')
-    codes, said = run_ranks(4, tmp_path, *SMALL, '--cp=2', '--init_from=resume')
+    codes, printed = run_ranks(4, tmp_path, *SMALL, '--cp=2', '--init_from=resume')
     assert codes == [0] * 4
     records = read_log(tmp_path)
     assert_same_log(records, reference_run[1]['records'])
@@ -1153,8 +1153,8 @@ def test_four_processes_resume_a_run_of_one(reference_run, tmp_path):
     assert [r['received_fwd'] + r['received_bwd'] for r in records[4:12]] == 8 * [2 * 6 * n]
     # K, V, K, V again and their gradients would have travelled
     assert records[5]['compression'] == pytest.approx(1 - 6 / (3 * 2 * 32))
-    assert 'received 24 + 24 bytes a token and layer' in said[0]
-    assert 'rank 0 sent 0.1 MB over the ring (uncompressed: 3.1)' in said[0]
+    assert 'received 24 + 24 bytes a token and layer' in printed[0]
+    assert 'rank 0 sent 0.1 MB over the ring (uncompressed: 3.1)' in printed[0]
 
 
 def test_weights_averaged_every_few_steps(reference_run, tmp_path):
@@ -1194,8 +1194,8 @@ def test_resume_is_bit_equal(reference_run, tmp_path, capfd):
     assert_same_log(read_log(tmp_path), expected['records'])
     started = [(r['iter'], r['config']['max_iters']) for r in read_log(tmp_path, configs=True)]
     assert started == [(0, 6), (6, 12)] and resumed['val_loss'] == expected['val_loss']
-    said = capfd.readouterr().out
-    assert 'the codec goes on' in said and 'raise --max_iters' not in said
+    printed = capfd.readouterr().out
+    assert 'the codec goes on' in printed and 'raise --max_iters' not in printed
     small_run(tmp_path, '--init_from=resume')
     assert 'at iteration 12 of 12; to go on, raise --max_iters' in capfd.readouterr().out
     for flag, saved in (('--n_embd=64', 32), ('--preset=124m', 'tiny')):
@@ -1214,19 +1214,19 @@ def test_resume_with_other_options(reference_run, tmp_path, capfd):
         return small_run(tmp_path, '--init_from=resume', *argv)
     for flag, changes in (('--weight_decay=3', True), ('--beta1=0.1', True),
                           ('--sync_every=3', False), ('--recompute', False)):
-        found = resumed('--max_iters=12', flag)['val_loss']
-        assert (found != pytest.approx(records[12]['val_loss'], rel=1e-6)) == changes, flag
+        val_loss = resumed('--max_iters=12', flag)['val_loss']
+        assert (val_loss != pytest.approx(records[12]['val_loss'], rel=1e-6)) == changes, flag
     assert 'not as before' not in capfd.readouterr().out
     (tmp_path / 'other').write_text(1000 * 'ab')
     argv = *best, '--batch_size=2', '--lr_decay_iters=0', f'--data={tmp_path}/other'
     other = resumed(*argv, best_val_loss=0.0)['records']
     assert [r['tokens'] for r in other[:-1]] == [512 * n for n in (8, 10, 12, 14)]
     assert train.load_checkpoint(path)['iter_num'] == 10  # the best on other data
-    said = capfd.readouterr().out
+    printed = capfd.readouterr().out
     for sentence in ('learning rate 0.0011; the checkpoint has learning rate 0.00138',
                      r'checksum \d+ of training data; the .* checksum \d+ of training data',
                      r'checksum \d+ of validation, 2 x 2; the .* \d+ of validation, 2 x 1'):
-        assert re.search('not as before: ' + sentence, said), (sentence, said)
+        assert re.search('not as before: ' + sentence, printed), (sentence, printed)
     # as if the warm start were over only now, the best loss were 0, and one flag were newer
     config = {name: value for name, value in half['config'].items() if name != 'prompt'}
     model = {**half['model'], '_extra_state': 'local'}
@@ -1260,13 +1260,13 @@ def test_a_dead_peer_ends_all(tmp_path, where, argv, victim, function, mark, cal
     """The others say whom they waited for, and in what."""
     argv = *SMALL, '--timeout_s=5', '--block_size=96', '--n_chunks=6', '--eval_interval=3', *argv
     kill = end_at, victim, function, mark, call, how
-    codes, said = run_ranks(3, tmp_path, *argv, sabotage=kill, victim=victim)
+    codes, printed = run_ranks(3, tmp_path, *argv, sabotage=kill, victim=victim)
     spoke = [(tmp_path / f'{rank}.txt').stat().st_mtime for rank in range(3)]
     for rank in {0, 1, 2} - {victim}:
         sentence = f'rank {rank} waited for .* in .*{where} and gave up: .*$'
-        assert codes[rank] == 1 and re.search(sentence, said[rank]), (rank, codes, said)
-        assert spoke[rank] - spoke[victim] < 5 + 15, (rank, said)
-    assert codes[victim] == (7 if how == 'exit' else -signal.SIGKILL), said
+        assert codes[rank] == 1 and re.search(sentence, printed[rank]), (rank, codes, printed)
+        assert spoke[rank] - spoke[victim] < 5 + 15, (rank, printed)
+    assert codes[victim] == (7 if how == 'exit' else -signal.SIGKILL), printed
     with pytest.raises(RuntimeError, match='^shape$'), waiting('rank 1', 'the exchange'):
         raise RuntimeError('shape')  # what is wrong on this rank keeps its own name
 
@@ -1289,12 +1289,12 @@ def test_resume_after_a_kill(tmp_path, how, argv):
     whole, killed, dies = tmp_path / 'whole', tmp_path / 'killed', how == signal.SIGKILL
     assert run_ranks(2, whole, *argv, sabotage=(slow_disk,) if dies else None)[0] == [0, 0]
     kill = end_at, 1, 'exchange', 'bwd', 22 if dies else 10, how
-    codes, said = run_ranks(2, killed, *argv, sabotage=kill)
-    assert codes == [1, -how] if dies else set(codes) == {128 + how, 128 + signal.SIGTERM}, said
+    codes, printed = run_ranks(2, killed, *argv, sabotage=kill)
+    assert codes == [1, -how] if dies else set(codes) == {128 + how, 128 + signal.SIGTERM}, printed
     last, n = max(losses(killed)), train.load_checkpoint(killed / 'ckpt.pt')['iter_num']
     assert last < 11 and (n in (6, 8) if dies else n == last + 1)
     if not dies:
-        assert f'at iteration {n}; --init_from=resume goes on' in said[0]
+        assert f'at iteration {n}; --init_from=resume goes on' in printed[0]
         assert read_log(killed)[-1] == {'iter': n}  # no val_loss
     assert run_ranks(2, killed, *argv)[0] == [0, 0]
     again, expected = losses(killed), losses(whole)
@@ -1340,13 +1340,13 @@ def lose_losses(rank, iterations):
 def test_steps_that_are_not_finite_are_skipped(tmp_path, alone, iterations):
     """By all ranks, with --sync_every by one alone; and can be saved. Ten in a row are too many."""
     argv = *SMALL, '--eval_interval=2', *(['--sync_every=2', '--cp=1'] if alone else ())
-    codes, said = run_ranks(2, tmp_path, *argv, sabotage=(lose_losses, iterations))
-    n_skipped = [text.count('the gradient is not finite, step skipped') for text in said]
+    codes, printed = run_ranks(2, tmp_path, *argv, sabotage=(lose_losses, iterations))
+    n_skipped = [text.count('the gradient is not finite, step skipped') for text in printed]
     if len(iterations) == 12:
-        assert codes[1] == 1 and codes[0] in (0, 1) and 'Traceback' not in said[1], said
-        assert 'rank 1: no finite gradient in 10 steps' in said[1]
+        assert codes[1] == 1 and codes[0] in (0, 1) and 'Traceback' not in printed[1], printed
+        assert 'rank 1: no finite gradient in 10 steps' in printed[1]
         return
-    assert codes == [0, 0] and n_skipped == [0 if alone else 2, 2], said
+    assert codes == [0, 0] and n_skipped == [0 if alone else 2, 2], printed
     states = train.load_checkpoint(tmp_path / 'ckpt.pt')['optimizer']['state']
     steps = {s['step'].item() for s in states.values()}  # means, of codecs and of the rest
     assert steps == ({9 - 0.5 * (3 in iterations), 11} if alone else {7, 10})
@@ -1366,8 +1366,8 @@ def differ(rank, flag, checkpoint):
     ('--cp=2', {**train.STATE, 'iter_num': 20}, "checkpoint {'iter_num': 20, .*, and rank 0 has N"),
     ('--seed=2', None, '--seed 2, and rank 0 has 1337: they must be the same')))
 def test_ranks_that_disagree_are_named(tmp_path, flag, checkpoint, message):
-    codes, said = run_ranks(2, tmp_path, *SMALL, '--cp=2', sabotage=(differ, flag, checkpoint))
-    assert codes == [1, 1] and re.search('rank 1 has ' + message, said[0]), said
+    codes, printed = run_ranks(2, tmp_path, *SMALL, '--cp=2', sabotage=(differ, flag, checkpoint))
+    assert codes == [1, 1] and re.search('rank 1 has ' + message, printed[0]), printed
     assert not (tmp_path / 'log.jsonl').exists()
 
 
@@ -1408,9 +1408,9 @@ def test_there_is_always_a_whole_checkpoint(tmp_path, capfd, monkeypatch):
         with fault, pytest.raises(SystemExit, match='last checkpoint was not written'):
             small_run(tmp_path, '--init_from=resume')
         assert path.read_bytes() == before[0] and not list(tmp_path.glob('*.tmp'))
-    said = capfd.readouterr().err
-    assert 'log.jsonl (File too large)' in said
-    assert re.search('could not write .*ckpt.pt .*; the checkpoint before it, .*, is untouch', said)
+    printed = capfd.readouterr().err
+    assert 'log.jsonl (File too large)' in printed
+    assert re.search('could not write .*ckpt.pt .*; the checkpoint before it, .*, is un', printed)
     monkeypatch.setattr(os, 'replace', replacing)
     (tmp_path / 'ckpt.tmp').touch()  # of a run that was killed
     small_run(tmp_path, '--init_from=resume')
