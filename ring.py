@@ -359,7 +359,8 @@ class Ring:
         n_bytes = sum(t.nbytes for t in sent)
         self.count(phase, n_bytes)
         if link.dialled:  # a last tensor, not counted, tells the receiver when our queue is through
-            sent.append(link.send(n_bytes, sent[0].device))
+            leaves = link.send(n_bytes, link.moment(sent[0].device)())
+            sent.append(torch.tensor([leaves], dtype=torch.float64, device=sent[0].device))
         post = self.post(sent, hop, phase)
 
         def wait():
@@ -466,7 +467,8 @@ def average(tensors, ring, dtype='compute'):
         ring.count('sync', n_bytes)
         name, link = 'the average of gradients or weights', ring.link
         if link.dialled:  # it ends for none before the last has begun
-            leaves = link.send(n_bytes, flat.device)
+            leaves = torch.tensor(link.send(n_bytes, link.moment(flat.device)()), device=flat.device,
+                                  dtype=torch.float64)
             ring.reduce_over_world(leaves, name, dist.ReduceOp.MAX)
         if dtype == 'compute':
             ring.reduce_over_world(part, name).div_(N)
@@ -499,13 +501,29 @@ class Link:
         self.seconds_per_byte = 8e-6 / mbps if mbps else 0.0
         self.latency = latency_ms / 1e3
         self.sent_until = self.received_until = 0.0
+        self.zero = None  # a GPU's event, and when that was
 
-    def send(self, n_bytes, device):
-        """Queue n_bytes that `device` computes -> a tensor: the time when the last leaves."""
-        if device.type == 'cuda':
-            torch.cuda.current_stream(device).synchronize()
-        self.sent_until = max(self.sent_until, self.clock()) + n_bytes * self.seconds_per_byte
-        return torch.tensor([self.sent_until], dtype=torch.float64, device=device)
+    def moment(self, device):
+        """-> a function that waits until `device` has come to this point, and returns the time."""
+        now = self.clock()
+        if device.type != 'cuda':
+            return lambda: now
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        if not self.zero:
+            event.synchronize()
+            self.zero = event, self.clock()
+
+        def when():
+            event.synchronize()
+            first, time_then = self.zero
+            return time_then + first.elapsed_time(event) / 1e3
+        return when
+
+    def send(self, n_bytes, now):
+        """Queue n_bytes, ready at the time `now` -> the time when the last leaves."""
+        self.sent_until = max(self.sent_until, now) + n_bytes * self.seconds_per_byte
+        return self.sent_until
 
     def receive(self, n_bytes, left):
         """Wait for n_bytes to arrive, the last of which left their sender at the time `left`."""
@@ -525,9 +543,19 @@ class Rehearsal(Ring):
         super().__init__(None, link)
         self.rank, self.world_size = world_size // 2, world_size
 
-    def post(self, sent, hop, phase):
-        received = [t.clone() for t in sent]
-        return lambda: received
+    def exchange(self, tensors, hop, phase):
+        if not tensors:
+            return lambda: []
+        received, link = [t.clone() for t in tensors], self.link
+        n_bytes = sum(t.nbytes for t in tensors)
+        self.count(phase, n_bytes)
+        ready = link.moment(tensors[0].device) if link.dialled else None
+
+        def wait():  # nobody waits for the GPU before this: its queue stays full
+            if link.dialled:
+                link.receive(n_bytes, left=link.send(n_bytes, ready()))
+            return received
+        return wait
 
     def reduce_over_world(self, tensor, name, op=dist.ReduceOp.SUM):
         return tensor.mul_(self.world_size) if op == dist.ReduceOp.SUM else tensor

@@ -326,7 +326,7 @@ def check_dialled_link_delays_exchanges(ring):
     for n in (1, 2):  # what left two ranks at one time arrives one after the other
         link.receive(8000, left=200.0)
         assert link.time == pytest.approx(200.005 + (n - 1) * 0.008)
-    leaves = [link.send(8000, x.device).item() - link.time for _ in range(2)]  # in a queue
+    leaves = [link.send(8000, link.time) - link.time for _ in range(2)]  # in a queue
     assert leaves == pytest.approx([0.008, 0.016])
     assert Link(latency_ms=1).dialled and not Link().dialled
 
