@@ -45,7 +45,7 @@ class Full(nn.Module):
             def compress(self, x, kv, known):
                 return (x @ self.E,)
 
-            def weights(self, W, gain):
+            def weights(self, W):
                 return (self.D @ W.T,)
 
             def expand(self, payload, known, weights):
@@ -53,43 +53,33 @@ class Full(nn.Module):
 
     `compress` runs under ordinary autograd. `expand` runs inside ring attention, forward and once
     more in backward, and sees nothing but its arguments: a parameter that it read from self would
-    get no gradient. So what learns there is returned by `weights` or `know`.
+    get no gradient. So what learns there is returned by `weights`.
     """
     keep = False  # True, for small payloads: held until backward. False: sent once more then
-    feeds_above = False  # True, with keep: layers above get what arrives, of (B, T, r)
-    reads_words = False  # True: `know` gets words
+    feeds_above = False  # True, with keep: layers above know what arrives, of (B, T, r)
 
     def __init__(self, config, layer):
         super().__init__()
         self.wire_dtype, self.grad_wire_dtype = config.wire_dtype, config.grad_wire_dtype
         self.config, self.shape = config, (2, config.n_kv_head, config.head_dim)
 
-    def know(self, tokens, words, below):
+    def weights(self, W):
         """
-        What every rank knows of all tokens without being told: tensors (world_size, B, T, ...).
-        tokens (world_size, B, T, guess_tokens): entry j is the token j places before.
-        words (vocab_size, n_embd): the embedding, normed. below (world_size, B, T, n_below): the
-        numbers that arrived for the layers below with `feeds_above`. Both get gradients.
-        """
-        return ()
-
-    def weights(self, W, gain):
-        """
-        The tensors that `expand` needs, made once a step from parameters, from W (2 d, n_embd),
-        with which an input x has keys and values W x, and from the gain (n_embd) of the norm that
-        makes x (for `FirstLayer`).
+        The tensors that `expand` needs, made once a step from parameters and from W (2 d, n_embd),
+        with which an input x has keys and values W x.
         """
         return ()
 
     def compress(self, x, kv, known):
         """
-        The layer's input x (B, T, n_embd), normed, kv = W x (B, T, 2, Hkv, hd) and what `know` said
-        of these tokens -> payload.
+        The layer's input x (B, T, n_embd), normed, kv = W x (B, T, 2, Hkv, hd), and what every rank
+        knows of these tokens (B, T, 1 + n_below): a 1, and what arrived for the layers below with
+        `feeds_above`, which gets gradients -> payload.
         """
         return (kv,)
 
     def expand(self, payload, known, weights):
-        """The payload of some rank's T tokens, a shard or its front half -> kv."""
+        """Payload and `known` of some rank's T tokens, a shard or its front half -> kv."""
         return payload[0]
 
     @kernels.fused
@@ -116,133 +106,94 @@ class Full(nn.Module):
 
 class Mixture(Full):
     """
-    What neither the tokens nor the layers below have said, in a subspace that the tokens choose. Of
-    a token whose key and value are [K, V] = W x (W: the layer's c_kv, x: its normed input, in R^n):
+    What the layers below have not said, in a subspace that they choose. Of a token whose key and
+    value are [K, V] = W x (W: the layer's c_kv, x: its normed input, in R^n):
 
-        look up  [t, s] = sum_j W_e_j^T e_j             e_j: embedding of the token j places back
-                                                        (j < guess_tokens), normed
-        known    y = [t, z', z'', ..]                   t: m numbers (guess_dim); z' ..: z of all
-                                                        layers below, as it arrived (guess_below)
-        guess    g = A y + b
-        mixture  theta = c tanh(s)                      s: k numbers (n_generators), c = theta_max
+        known    y = [1, z', z'', ..]                   z of all layers below, as it arrived
+        guess    g = A y                                (guess_below; without it y = [1])
+        mixture  theta = c tanh(S y)                    k numbers (n_generators), c = theta_max
                  E(theta) = E_0 + sum_i theta_i E_i     each E_i: (n, r), r numbers (latent_dim);
                                                         D(theta) likewise
         send     z = E(theta)^T (x - g)                 in 4 bits and a scale, by default
         rebuild  [K, V] = W (g + D(theta) z)
 
-    Every rank has W, knows every token, and has received z of the layers below. So guess and theta
-    cost no byte, and what is rebuilt moves with W as W learns. W gets gradients from every rebuilt
-    key and value too; z of a layer below gets those of all layers above, and they travel once, with
-    its own layer's. Nothing here looks at later tokens. W_e, A, b, E_i and D_i are learned; k = 0
-    is one learned subspace. With m > 0 the first layer sends nothing (`FirstLayer`).
+    Every rank has W, and has received z of the layers below. So guess and theta cost no byte, and
+    what is rebuilt moves with W as W learns. W gets gradients from every rebuilt key and value too;
+    z of a layer below gets those of all layers above, and they travel once, with its own layer's.
+    Nothing here looks at other tokens. A, S, E_i and D_i are learned; k = 0 is one learned
+    subspace.
     """
-    keep = reads_words = True
+    keep = True
     theta_max = 0.2
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
         n, self.r, self.k = config.n_embd, config.latent_dim, config.n_generators
-        self.m = min(config.guess_dim, n, 2 * math.prod(self.shape[1:]))
         self.feeds_above = config.guess_below
-        n_senders = layer - 1 if self.m else layer  # layers below that send
-        n_below = self.r * n_senders if config.guess_below else 0
+        n_known = 1 + self.r * layer if config.guess_below else 1
         # a mixture begins as the one subspace it contains: E_i and D_i are 0
         E_0 = torch.linalg.qr(torch.randn(n, self.r))[0]
         self.E = nn.Parameter(F.pad(E_0[:, None], (0, 0, 0, self.k)))  # (n, 1 + k, r)
         self.D = nn.Parameter(self.E.detach().clone())
-        # [t, s] are about 1 at this scale; at 0, and A = 0, they would never learn
-        W_e = torch.randn(config.guess_tokens, n, self.m + self.k)
-        self.W_e = nn.Parameter(W_e / math.sqrt(config.guess_tokens * n))
-        self.A = nn.Parameter(torch.zeros(n, self.m + n_below))
-        self.b = nn.Parameter(torch.zeros(n))
+        self.A = nn.Parameter(torch.zeros(n, n_known))
+        self.S = nn.Parameter(torch.randn(self.k, n_known))
 
-    def know(self, tokens, words, below):
-        """-> [t, s] (world_size, B, T, m + k), and z of the layers below."""
-        return self.look_up(tokens, words, self.W_e), below
+    def theta(self, y, S):
+        """y (B, T, 1 + n_below) -> (B, T, k)"""
+        return self.theta_max * F.linear(y, S.to(y.dtype)).tanh()
 
     @kernels.fused
-    def look_up(self, tokens, words, W_e):
-        table = words @ W_e.transpose(0, 1).flatten(1)  # (vocab_size, guess_tokens * (m + k))
-        n_back = tokens.shape[-1]  # row token * n_back + j of the table: W_e_j^T of its e
-        table = table.view(len(words) * n_back, self.m + self.k)
-        rows = tokens * n_back + torch.arange(n_back, device=tokens.device)
-        return gather(table, rows).sum(dim=-2, dtype=table.dtype)
-
-    def guess_inputs(self, known, dtype):
-        """What is known of tokens -> y (B, T, m + n_below), s (B, T, k)."""
-        looked_up, below = known
-        t, s = looked_up.to(dtype).split([self.m, self.k], dim=-1)
-        return torch.cat((t, below.to(dtype)), dim=-1), s
-
-    def shares(self, s):
-        """s (B, T, k) -> how much of each matrix is in E(theta): [1, theta] (B, T, 1 + k, 1)"""
-        return F.pad(self.theta_max * s.tanh(), (1, 0), value=1.0).unsqueeze(-1)
-
-    @kernels.fused
-    def mix(self, z, s):
+    def mix(self, z, theta):
         """E_0^T x, E_1^T x, .. (B, T, >= (1 + k) r) -> E(theta)^T x (B, T, r)"""
         z = z[..., :(1 + self.k) * self.r].unflatten(-1, (1 + self.k, self.r))
+        shares = F.pad(theta, (1, 0), value=1.0).unsqueeze(-1)  # of each E_i: (B, T, 1 + k, 1)
         # without dtype autocast makes it float32 on GPUs
-        return (self.shares(s) * z).sum(dim=2, dtype=z.dtype)
+        return (shares * z).sum(dim=2, dtype=z.dtype)
 
     @kernels.fused
-    def spread(self, z, s):
+    def spread(self, z, theta):
         """z (B, T, r) -> z, theta_1 z, .. (B, T, (1 + k) r), for [D_0, D_1, ..]"""
-        return (self.shares(s) * z.unsqueeze(2)).flatten(2)
+        shares = F.pad(theta, (1, 0), value=1.0).unsqueeze(-1)
+        return (shares * z.unsqueeze(2)).flatten(2)
 
-    def weights(self, W, gain):
-        # W (A y + b + D(theta) z) = W [A, D_0, D_1, ..] [y, z, theta_1 z, ..] + W b
-        rebuild = aligned(torch.cat((self.A, self.D.flatten(1)), dim=1))
-        return W @ rebuild, W @ self.b
+    def weights(self, W):
+        # W (A y + D(theta) z) = W [A, D_0, D_1, ..] [y, z, theta_1 z, ..]
+        return W @ aligned(torch.cat((self.A, self.D.flatten(1)), dim=1)), self.S
 
     def compress(self, x, kv, known):
-        y, s = self.guess_inputs(known, x.dtype)
-        rest = x - F.linear(y, self.A.to(x.dtype), self.b.to(x.dtype))
-        return (self.mix(rest @ aligned(self.E.flatten(1)).to(x.dtype), s),)
+        rest = x - F.linear(known, self.A.to(x.dtype))
+        z = rest @ aligned(self.E.flatten(1)).to(x.dtype)
+        return (self.mix(z, self.theta(known, self.S)),)
 
     def expand(self, payload, known, weights):
-        z, = payload
-        y, s = self.guess_inputs(known, z.dtype)
-        WAD, Wb = (w.to(z.dtype) for w in weights)
-        y_z = aligned(torch.cat((y, self.spread(z, s)), dim=-1))
-        return F.linear(y_z, WAD, Wb).unflatten(-1, self.shape)
+        (z,), (W_AD, S) = payload, weights
+        y_z = torch.cat((known, self.spread(z, self.theta(known, S))), dim=-1)
+        return F.linear(aligned(y_z), W_AD.to(z.dtype)).unflatten(-1, self.shape)
 
-    def moment(self, x, tokens, words, below):
+    def moment(self, x, known):
         """
-        For `start`: of a rank's x (B, T, n_embd) with the embeddings e of its tokens, and z of the
-        layers below, the sum of [x, e, z, 1] [x, e, z, 1]^T over tokens. float32 at least.
+        For `start`: of a rank's x (B, T, n_embd) and its y (B, T, 1 + n_below) the sum of
+        [x, y] [x, y]^T over tokens. float32 at least.
         """
-        e = words[tokens].flatten(2) if self.m else x[..., :0]
         with torch.autocast(x.device.type, enabled=False):
             dtype = kernels.accumulation_dtype(x.dtype)
-            rows = torch.cat([t.to(dtype) for t in (x, e, below)], dim=-1).flatten(0, 1)
-            rows = F.pad(rows, (0, 1), value=1.0)
+            rows = torch.cat((x.to(dtype), known.to(dtype)), dim=-1).flatten(0, 1)
             return rows.T @ rows
 
     @torch.no_grad()
     def start(self, W, moment):
         """
         From the `moment` of many tokens, or its mean over ranks: the guess becomes the ridge
-        regression of x on e and z of the layers below, E_0 and D_0 what is best for W of the rest.
+        regression of x on y, E_0 and D_0 what is best for W of the rest. S y has variance 1.
         """
-        C, W, n = moment.double() / moment[-1, -1], W.double(), len(self.E)  # means over tokens
-        xy, yy = C[:n, n:], C[n:, n:]  # y = [e, z, 1]; after step 1 [t, z, 1]
-        if self.m:
-            # 1. The m numbers of e that say most to W beside z: t, so that y = [t, z, 1]
-            n_e = self.W_e[..., 0].numel()
-            R_e, rest = regression(xy, yy)[:, :n_e], slice(n_e, None)
-            left_of_e = yy[:n_e, :n_e] - regression(yy[:n_e, rest], yy[rest, rest]) @ yy[rest, :n_e]
-            to_t, _ = bottleneck(R_e @ left_of_e @ R_e.T, W, self.m)
-            W_e = R_e.T @ to_t
-            self.W_e[..., :self.m] = W_e.unflatten(0, (-1, n))  # s stays random
-            S = torch.block_diag(W_e, torch.eye(len(yy) - n_e).to(C))
-            xy, yy = xy @ S, S.T @ yy @ S
-        # 2. The guess [A, b] is the regression of x on y, the subspace is of x - g
+        n = len(self.A)
+        C, W = moment.double() / moment[n, n], W.double()  # means over tokens, as y_0 = 1
+        xy, yy = C[:n, n:], C[n:, n:]
         R = regression(xy, yy)
-        self.A.copy_(R[:, :-1])
-        self.b.copy_(R[:, -1])
         left_of_x = C[:n, :n] - R @ xy.T - xy @ R.T + R @ yy @ R.T
         E_0, D_0 = bottleneck(left_of_x, W, self.r)
+        self.A.copy_(R)
+        self.S.div_((len(yy) * yy.diagonal()).sqrt() + 1e-6)
         for family, subspace in ((self.E, E_0), (self.D, D_0)):
             family.zero_()
             family[:, 0] = subspace
@@ -283,7 +234,7 @@ class Paper(Full):
         second = torch.einsum('lde,emr->dlmr', G, first).flatten(1, 2) / 2
         return torch.cat((U_0[:, None], first, second), dim=1)
 
-    def weights(self, W, gain):
+    def weights(self, W):
         return tuple(self.U)
 
     def theta(self, Z, psi):
@@ -326,11 +277,11 @@ class Paper(Full):
 
 def regression(xy, yy):
     """
-    Ridge regression from sums xy = sum of x y^T, yy = sum of y y^T, whose last y is 1: R = argmin
-    sum |x - R y|^2 + 0.01 sum_i |R_i|^2 yy_ii, without the last, which is not made smaller.
+    Ridge regression from sums xy = sum of x y^T, yy = sum of y y^T, whose first y is 1: R = argmin
+    sum |x - R y|^2 + 0.01 sum_i |R_i|^2 yy_ii, without the first, which is not made smaller.
     """
     ridge = 0.01 * yy.diagonal() + 1e-6
-    ridge[-1] = 1e-6
+    ridge[0] = 1e-6
     return torch.linalg.solve(yy + ridge.diag(), xy.T).T
 
 
@@ -352,36 +303,9 @@ def bottleneck(M, W, r):
     return E / scale, D * scale
 
 
-def gather(table, rows):
-    """table (N, n), rows (...) -> (..., n). Gradients of a row's many uses add up in float32."""
-    return F.embedding(rows, table.to(kernels.accumulation_dtype(table.dtype))).to(table.dtype)
-
-
 def aligned(x):
     """x (..., r) with zeros up to a multiple of 8: others miss a GPU's fast matrix products."""
     return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
-
-
-class FirstLayer(Full):
-    """
-    The first layer's input follows from the token alone: nothing has to be sent. (Each rank holds
-    the inputs of all tokens: n_embd numbers a token, of this one layer.)
-    """
-    keep = reads_words = True
-
-    def know(self, tokens, words, below):
-        return (gather(words, tokens[..., 0]),)
-
-    def weights(self, W, gain):
-        return (W * gain,)
-
-    def compress(self, x, kv, known):
-        return ()
-
-    def expand(self, payload, known, weights):
-        x, = known
-        W, = weights
-        return F.linear(x, W.to(x.dtype)).unflatten(-1, self.shape)
 
 
 CODECS = {'mixture': Mixture, 'paper': Paper, 'full': Full, 'local': None}  # the values of --send
@@ -419,9 +343,7 @@ class GPTConfig:
     send: str = 'mixture'  # mixture (ours), paper, full (uncompressed), or local (nothing)
     latent_dim: int = 16  # numbers sent for a token and layer, its key and value together
     n_generators: int = 4  # how many matrices theta mixes into the subspace; 0: one subspace
-    guess_dim: int = 64  # numbers that a layer looks up; 0: none, and the first layer sends too
-    guess_tokens: int = 2  # tokens that are looked up: this one, and those just before it
-    guess_below: bool = True  # the guess also uses what was sent for the layers below
+    guess_below: bool = True  # a layer is guessed from what was sent for the layers below
     exact_local: bool = True  # a chunk's own keys and values are exact; False (the paper): rebuilt
     compress_last: bool = True  # False (the paper): the last layer sends full keys and values
     wire_dtype: str = 'auto'  # compute, bf16, int8, int4; auto: int4 for mixture, else compute
@@ -442,7 +364,7 @@ class GPTConfig:
             value = getattr(self, name)
             check(value in choices, f'{name} ({value!r}) must be one of {", ".join(choices)}', name)
         for name in (f.name for f in dataclasses.fields(self) if f.type is int):
-            value, lowest = getattr(self, name), 0 if name in ('n_generators', 'guess_dim') else 1
+            value, lowest = getattr(self, name), int(name != 'n_generators')
             check(value >= lowest, f'{name} ({value}) must be at least {lowest}', name)
         for name, of, by in (('block_size', 'n_chunks', self.n_chunks),
                              ('n_embd', '2 * n_head', 2 * self.n_head),  # RoPE rotates pairs
@@ -459,8 +381,7 @@ class GPTConfig:
         check(self.send != 'paper' or 1 <= min(self.paper_dims) <= max(self.paper_dims) <= d,
               f'latent_dim ({self.latent_dim}) must leave keys and values between 1 and {d} '
               f'numbers each, not {self.paper_dims}', 'latent_dim')
-        first = int(self.send == 'mixture' and self.guess_dim > 0)  # sends nothing
-        check(self.compress_last or self.n_layer > 1 + first or self.send in ('full', 'local'),
+        check(self.compress_last or self.n_layer > 1 or self.send in ('full', 'local'),
               f'compress_last ({self.compress_last}) leaves nothing to compress when n_layer is '
               f'{self.n_layer}', 'compress_last', 'n_layer')
 
@@ -507,8 +428,6 @@ class Attention(nn.Module):
         elif not config.compress_last and layer == config.n_layer - 1:
             self.codec = self.plain
         else:
-            if issubclass(kind, Mixture) and config.guess_dim and layer == 0:
-                kind = FirstLayer
             # random numbers of its own: the initial weights must not depend on what is sent
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed((torch.initial_seed() * 1000 + layer) % 2**63)
@@ -532,7 +451,7 @@ class Attention(nn.Module):
         kv = self.c_kv(x).unflatten(-1, (2, -1, self.config.head_dim))
         return x, kernels.rope(q, angles), kernels.rope(kv[:, :, 0], angles), kv
 
-    def forward(self, x, norm, ring, where, tokens, words, below):
+    def forward(self, x, norm, ring, where, below):
         """-> (B, T, n_embd) before c_proj, and `below` with what arrived (`Full.feeds_above`)."""
         c, codec, T = self.config, self.active, x.shape[1]
 
@@ -543,15 +462,13 @@ class Attention(nn.Module):
             keys, values = codec.expand(payload, known, weights).unbind(2)
             return kernels.rope(keys, angles(source, n)), values
         x, q, k, kv = self.project(x, norm, angles(ring.rank, T))
-        payload = known = weights = ()
+        payload, weights, known = (), (), below.to(x.dtype)
         if codec:
-            known = codec.know(tokens, words, below)
-            payload = codec.compress(x, kv, [t[ring.rank] for t in known])
-            weights = codec.weights(self.c_kv.weight, norm.weight)
+            payload = codec.compress(x, kv, known[ring.rank])
+            weights = codec.weights(self.c_kv.weight)
         span = c.chunk_size if c.exact_local or not codec else 0
-        # exact payloads: a rank's own shard, in one piece causal in its order, is not rebuilt
-        if type(codec) is FirstLayer or type(codec) is Full and codec.wire_dtype == 'compute':
-            span = T
+        if type(codec) is Full and codec.wire_dtype == 'compute':
+            span = T  # a rank's own shard, in one piece causal in its order, is not rebuilt
         y, *arrived = attend(ring, q, k, kv[:, :, 1], payload, known, weights, codec, rebuild, span)
         return y.flatten(2), torch.cat((below, *arrived), dim=-1) if arrived else below
 
@@ -586,12 +503,13 @@ class Block(nn.Module):
         x = x + self.attn.c_proj(y)
         return x + self.mlp(self.ln_2(x))
 
-    def forward(self, x, ring, where, tokens, words, below):
+    def forward(self, x, ring, where, below):
         """
-        x (B, T, n_embd): this rank's shard; positions of every rank's (world_size, T); the rest as
-        in `Full.know` -> x, and `below` with what arrived for this layer.
+        x (B, T, n_embd): this rank's shard. Of every rank's: positions (world_size, T), and what
+        all know, `below` (world_size, B, T, 1 + n_below) -> x, and `below` with what arrived for
+        this layer.
         """
-        y, below = self.attn(x, self.ln_1, ring, where, tokens, words, below)
+        y, below = self.attn(x, self.ln_1, ring, where, below)
         x = recomputed(self.after, x, y) if self.config.recompute else self.after(x, y)
         return x, below
 
@@ -609,7 +527,6 @@ class GPT(nn.Module):
         # blocks whose codecs have something to start
         self.started = [block for block in self.h if hasattr(block.attn.codec, 'start')]
         self.ln_f = Norm(config.n_embd, eps=1e-5)
-        self.ln_words = Norm(config.n_embd, eps=1e-5, elementwise_affine=False)  # for codecs
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if p.dim() == 2 and 'codec' not in name:
@@ -644,9 +561,8 @@ class GPT(nn.Module):
     def inputs(self, idx, ring):
         """
         Whole sequences (B, T) -> the embeddings x (B, T / world_size, n_embd) of this rank's shard;
-        of every rank's shard positions (world_size, T / world_size) and tokens, with those before
-        each (the first one's: itself), (world_size, B, T / world_size, guess_tokens); `below` of
-        the first layer: nothing, (world_size, B, T / world_size, 0).
+        of every rank's positions (world_size, T / world_size), and what all know of its tokens
+        before the first layer: a 1 (world_size, B, T / world_size, 1), float32 at least.
         """
         n, c = idx.shape[1], self.config
         check(n <= c.block_size, f'sequence length ({n}) is above block_size ({c.block_size})',
@@ -655,23 +571,14 @@ class GPT(nn.Module):
             idx = F.pad(idx, (0, -n % c.chunk_size))
         ring.check(idx.shape[1], c.chunk_size)
         where = positions(idx.shape[1], ring.world_size, idx.device)
-        back = where.unsqueeze(-1) - torch.arange(c.guess_tokens, device=idx.device)
-        tokens = idx[:, back.clamp(min=0)].transpose(0, 1)
-        x = self.wte(tokens[ring.rank, ..., 0])
-        return x, where, tokens, x.new_empty(*tokens.shape[:-1], 0)
-
-    def words(self):
-        """The embedding, normed, if a codec reads it."""
-        codecs = (block.attn.active for block in self.h)
-        if any(codec and codec.reads_words for codec in codecs):
-            return self.ln_words(self.wte.weight)
+        x = self.wte(idx[:, where[ring.rank]])
+        return x, where, x.new_ones(ring.world_size, *x.shape[:2], 1)
 
     def hidden(self, idx, ring):
         """All but the head: (B, T) -> (B, T / world_size, n_embd)."""
-        x, where, tokens, below = self.inputs(idx, ring)
-        words = self.words()
+        x, where, below = self.inputs(idx, ring)
         for block in self.h:
-            x, below = block(x, ring, where, tokens, words, below)
+            x, below = block(x, ring, where, below)
         return x[:, :idx.shape[1]]  # without the padding
 
     def pieces(self, *tensors):
@@ -722,20 +629,18 @@ class GPT(nn.Module):
         """
         self.set_send('codec')
         kernels.compile_fused(False)
-        rank, words = self.ring.rank, self.words()
         streams = [self.inputs(idx, self.ring) for idx in batches]
         for block in self.h:
             codec, moment = block.attn.codec, None
             if hasattr(codec, 'moment'):
-                moment = sum(
-                    codec.moment(block.ln_1(x), tokens[rank], words, below[rank])
-                    for x, _, tokens, below in streams)
+                moment = sum(codec.moment(block.ln_1(x), below[self.ring.rank])
+                             for x, _, below in streams)
                 average([moment], self.ring)
             if block in self.started:
                 codec.start(block.attn.c_kv.weight, moment)
-            for i, (x, where, tokens, below) in enumerate(streams):
-                x, below = block(x, self.ring, where, tokens, words, below)
-                streams[i] = x, where, tokens, below
+            for i, (x, where, below) in enumerate(streams):
+                x, below = block(x, self.ring, where, below)
+                streams[i] = x, where, below
 
     # -- nanoGPT's interface
 

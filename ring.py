@@ -107,7 +107,7 @@ def attend(ring, q, k, v, payload, known, weights, codec, rebuild, span):
     q: (B, T, H, hd), k, v: (B, T, Hkv, hd): this rank's T tokens, q and k with RoPE.
     payload: tuple of tensors (B, S, ...), S = T for a token's numbers, or the number of chunks for
         a chunk's; the same shapes on every rank. Floating-point ones get gradients.
-    known: tuple of tensors (world_size, B, T, ...), what this rank knows of every rank's tokens.
+    known: (world_size, B, T, n), what this rank knows of every rank's tokens.
     weights: the tensors that `rebuild` uses, this rank's own for every shard. These and what is
         known get this rank's queries' share of their gradients: as for any weight, average over
         ranks.
@@ -126,8 +126,8 @@ def attend(ring, q, k, v, payload, known, weights, codec, rebuild, span):
     tensor of the payload: (world_size, B, S, ...), every rank's, as unpacked. Sums are in float32
     at least.
     """
-    return _Attend.apply(ring, codec, rebuild, span, len(payload), len(known),
-                         q, k, v, *payload, *known, *weights)
+    return _Attend.apply(ring, codec, rebuild, span, len(payload), q, k, v, known, *payload,
+                         *weights)
 
 
 def floating(tensors):
@@ -158,12 +158,11 @@ def rebuilt_backward(rebuild, leaves, source, n, T, attention):
     # 3. Its K and V once more, now as a graph from the leaves.
     payload, known, weights = leaves
     with torch.enable_grad():
-        keys, values = rebuild(first_tokens(payload, n, T), first_tokens(known, n, T), weights,
-                               source, n)
+        keys, values = rebuild(first_tokens(payload, n, T), known[:, :n], weights, source, n)
     # 4. Attention to it: its share of our dQ, our queries' share of its dK, dV.
     dq, dkeys, dvalues = attention(keys.detach(), values.detach())
     # 5. From dK and dV through `rebuild` to the gradients of all it used.
-    used = [t for t in (*payload, *known, *weights) if t.requires_grad]
+    used = [t for t in (*payload, known, *weights) if t.requires_grad]
     if used:
         torch.autograd.backward((keys, values), (dkeys, dvalues), inputs=used)
     return dq
@@ -185,9 +184,9 @@ class _Attend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, ring, codec, rebuild, span, n_payload, n_known, q, k, v, *tensors):
-        payload, known = tensors[:n_payload], tensors[n_payload:n_payload + n_known]
-        weights, T = [t.detach() for t in tensors[n_payload + n_known:]], q.shape[1]
+    def forward(ctx, ring, codec, rebuild, span, n_payload, q, k, v, known, *tensors):
+        payload, weights = tensors[:n_payload], [t.detach() for t in tensors[n_payload:]]
+        T, of_all = q.shape[1], known.detach()
         # last dimensions of the numbers that are rounded and get gradients; None: an integer's
         sizes = [t.shape[-1] if t.is_floating_point() else None for t in payload]
         keep, sum_dtype = codec is not None and codec.keep, kernels.accumulation_dtype(q.dtype)
@@ -214,12 +213,11 @@ class _Attend(torch.autograd.Function):
                 if calls := visible(span, T, ring.rank, source):
                     n = T // 2 if source < ring.rank else T  # no query here sees more
                     keys, values = rebuild(
-                        first_tokens(shard, n, T),
-                        first_tokens([t[source].detach() for t in known], n, T), weights, source, n)
+                        first_tokens(shard, n, T), of_all[source, :, :n], weights, source, n)
                     out, lse = kernels.shard_forward(q, keys, values, calls, out, lse)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, *tensors[n_payload:])
-        ctx.args = ring, codec, rebuild, span, n_known, sizes
+        ctx.save_for_backward(q, k, v, out, lse, known, *tensors[n_payload:])
+        ctx.args = ring, codec, rebuild, span, sizes
         ctx.set_materialize_grads(False)  # None for what arrived, where nobody uses it
         return out, *arrived
 
@@ -228,13 +226,12 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, dout, *darrived):
         if ctx.shards is None:
             raise RuntimeError('a second backward through ring attention: what arrived is gone')
-        ring, codec, rebuild, span, n_known, sizes = ctx.args
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
-        known, weights = tensors[:n_known], tensors[n_known:]
+        ring, codec, rebuild, span, sizes = ctx.args
+        q, k, v, out, lse, known, *weights = ctx.saved_tensors
         T, sum_dtype = q.shape[1], kernels.accumulation_dtype(q.dtype)
         float_sizes = [size for size in sizes if size is not None]
         dpayload, dweights = [None] * len(float_sizes), [None] * len(weights)
-        dknown = [torch.zeros_like(t) if t.requires_grad else None for t in known]
+        dknown = torch.zeros_like(known) if known.requires_grad else None
         dq = dk = dv = None
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         coming = deque()  # functions that wait for a rank's share of our payload's gradient
@@ -262,16 +259,15 @@ class _Attend(torch.autograd.Function):
                     # 3. to 5. Its share of our dQ; in .grad of its payload, of what is known of it,
                     #    and of the weights, what our queries give these.
                     n = T // 2 if source < ring.rank else T
-                    of_source = [t[source].detach().requires_grad_(t.requires_grad) for t in known]
+                    of_source = known[source].detach().requires_grad_(known.requires_grad)
                     copies = [t.detach().requires_grad_(t.requires_grad) for t in weights]
                     dq = rebuilt_backward(
                         rebuild, (shard, of_source, copies), source, n, T,
                         lambda K, V: kernels.shard_backward(dout, q, K, V, out, lse, calls, dq))
                     dshard = add_up(dshard, [t.grad for t in floats], sum_dtype)
                     dweights = add_up(dweights, [t.grad for t in copies], sum_dtype)
-                    for total, t in zip(dknown, of_source):
-                        if t.grad is not None:
-                            total[source] = t.grad
+                    if of_source.grad is not None:
+                        dknown[source] = of_source.grad
                 if not floats or not (calls or darrived):  # nothing to send
                     continue
                 # 6. The payload's goes to its owner, h ranks on, and our own payload's comes from
@@ -288,8 +284,8 @@ class _Attend(torch.autograd.Function):
             while coming:
                 dpayload = add_next()
         ctx.shards, dpayload = None, iter(dpayload)  # autograd may hold ctx for longer
-        return (*6 * [None], dq.to(q.dtype), dk, dv,
-                *(None if size is None else next(dpayload) for size in sizes), *dknown, *dweights)
+        return (*5 * [None], dq.to(q.dtype), dk, dv, dknown,
+                *(None if size is None else next(dpayload) for size in sizes), *dweights)
 
 
 # -----------------------------------------------------------------------------
@@ -635,11 +631,12 @@ def _benchmark(rank, P, store):
         whole = torch.randn(4, 1, T, H, hd, dtype=dtype, device=device)
         q, k, v, dout = (ring.shard(x, n_tokens // 2).requires_grad_() for x in whole)
         kv = torch.stack((k, v), dim=2).detach().requires_grad_()
+        nothing = q.new_empty(P, 1, n_tokens, 0)  # known
 
         def ours(compiling=False):
             kernels.compile_fused(compiling)
             codec = Uncompressed()
-            out, = attend(ring, q, k, v, (kv,), (), (), codec, codec.rebuild, span=n_tokens)
+            out, = attend(ring, q, k, v, (kv,), nothing, (), codec, codec.rebuild, span=n_tokens)
             gradients = torch.autograd.grad(out, (q, k, v, kv), dout, materialize_grads=True)
             return out.detach(), *gradients
         whole = [x.transpose(1, 2).contiguous() for x in whole]  # (1, H, T, hd), as PyTorch likes

@@ -93,8 +93,7 @@ class RunConfig:
 
 PRESETS = {
     'tiny': {},
-    # its tokens alone say the answers: nothing may be looked up
-    'needle': dict(data='needle', guess_dim=0, n_generators=0, codec_lr=0.1, latent_dim=36,
+    'needle': dict(data='needle', n_generators=0, codec_lr=0.1, latent_dim=36,
                    n_layer=2, n_embd=64, block_size=16, n_chunks=4, batch_size=64, max_iters=300,
                    warm_start=10, learning_rate=5e-3, min_lr=2e-4, eval_interval=150,
                    sample_tokens=0),
