@@ -28,7 +28,7 @@ from ring import Ring, attend, average, positions
 # -----------------------------------------------------------------------------
 # What crosses the wire. A codec turns a layer's keys and values kv (B, T, 2, Hkv, hd), keys before
 # RoPE, into a payload, a tuple of tensors (B, T, ...) or (B, chunks, ...), and back. Every rank
-# knows all tokens, and has the same weights (with --sync_every, until they drift apart).
+# has the same weights (with --sync_every, until they drift apart).
 
 class Full(nn.Module):
     """
@@ -73,8 +73,8 @@ class Full(nn.Module):
     def compress(self, x, kv, known):
         """
         The layer's input x (B, T, n_embd), normed, kv = W x (B, T, 2, Hkv, hd), and what every rank
-        knows of these tokens (B, T, 1 + n_below): a 1, and what arrived for the layers below with
-        `feeds_above`, which gets gradients -> payload.
+        knows of these tokens (B, T, 1 + n_below, and zeros up to a multiple of 8): a 1, and what
+        arrived for the layers below with `feeds_above`, which gets gradients -> payload.
         """
         return (kv,)
 
@@ -130,7 +130,7 @@ class Mixture(Full):
         super().__init__(config, layer)
         n, self.r, self.k = config.n_embd, config.latent_dim, config.n_generators
         self.feeds_above = config.guess_below
-        n_known = 1 + self.r * layer if config.guess_below else 1
+        n_known = 8 * math.ceil((1 + self.r * layer * config.guess_below) / 8)  # as `aligned`
         # a mixture begins as the one subspace it contains: E_i and D_i are 0
         E_0 = torch.linalg.qr(torch.randn(n, self.r))[0]
         self.E = nn.Parameter(F.pad(E_0[:, None], (0, 0, 0, self.k)))  # (n, 1 + k, r)
@@ -139,7 +139,7 @@ class Mixture(Full):
         self.S = nn.Parameter(torch.randn(self.k, n_known))
 
     def theta(self, y, S):
-        """y (B, T, 1 + n_below) -> (B, T, k)"""
+        """y (B, T, ny), S (k, ny) -> (B, T, k)"""
         return self.theta_max * F.linear(y, S.to(y.dtype)).tanh()
 
     @kernels.fused
@@ -172,7 +172,7 @@ class Mixture(Full):
 
     def moment(self, x, known):
         """
-        For `start`: of a rank's x (B, T, n_embd) and its y (B, T, 1 + n_below) the sum of
+        For `start`: of a rank's x (B, T, n_embd) and its y (B, T, ny) the sum of
         [x, y] [x, y]^T over tokens. float32 at least.
         """
         with torch.autocast(x.device.type, enabled=False):
@@ -193,7 +193,7 @@ class Mixture(Full):
         left_of_x = C[:n, :n] - R @ xy.T - xy @ R.T + R @ yy @ R.T
         E_0, D_0 = bottleneck(left_of_x, W, self.r)
         self.A.copy_(R)
-        self.S.div_((len(yy) * yy.diagonal()).sqrt() + 1e-6)
+        self.S.mul_((len(yy) * yy.diagonal() + 1e-6).rsqrt())
         for family, subspace in ((self.E, E_0), (self.D, D_0)):
             family.zero_()
             family[:, 0] = subspace
@@ -342,7 +342,7 @@ class GPTConfig:
     rope_base: float = 500000.0  # base of the rotary embedding's frequencies
     send: str = 'mixture'  # mixture (ours), paper, full (uncompressed), or local (nothing)
     latent_dim: int = 16  # numbers sent for a token and layer, its key and value together
-    n_generators: int = 4  # how many matrices theta mixes into the subspace; 0: one subspace
+    n_generators: int = 0  # how many matrices theta mixes into the subspace; 0: one subspace
     guess_below: bool = True  # a layer is guessed from what was sent for the layers below
     exact_local: bool = True  # a chunk's own keys and values are exact; False (the paper): rebuilt
     compress_last: bool = True  # False (the paper): the last layer sends full keys and values
@@ -462,7 +462,7 @@ class Attention(nn.Module):
             keys, values = codec.expand(payload, known, weights).unbind(2)
             return kernels.rope(keys, angles(source, n)), values
         x, q, k, kv = self.project(x, norm, angles(ring.rank, T))
-        payload, weights, known = (), (), below.to(x.dtype)
+        payload, weights, known = (), (), aligned(below.to(x.dtype))
         if codec:
             payload = codec.compress(x, kv, known[ring.rank])
             weights = codec.weights(self.c_kv.weight)
@@ -633,7 +633,7 @@ class GPT(nn.Module):
         for block in self.h:
             codec, moment = block.attn.codec, None
             if hasattr(codec, 'moment'):
-                moment = sum(codec.moment(block.ln_1(x), below[self.ring.rank])
+                moment = sum(codec.moment(block.ln_1(x), aligned(below[self.ring.rank]))
                              for x, _, below in streams)
                 average([moment], self.ring)
             if block in self.started:
