@@ -26,17 +26,19 @@ import kernels
 from ring import Ring, attend, average, positions
 
 # -----------------------------------------------------------------------------
-# What crosses the wire. A codec turns a layer's keys and values kv (B, T, 2, Hkv, hd), keys before
-# RoPE, into a payload, a tuple of tensors (B, T, ...) or (B, chunks, ...), and back. Every rank
-# has the same weights (with --sync_every, until they drift apart).
+# What crosses the wire. A codec turns a layer's input, or its keys and values kv (B, T, 2, Hkv,
+# hd), keys before RoPE, into a payload, a tuple of tensors (B, T, ...) or (B, chunks, ...), and
+# that into kv. Every rank has the same weights (with --sync_every, until they drift apart).
 
 class Full(nn.Module):
     """
     Keys and values as they are. The base of all codecs. One of your own needs `compress` and
     `expand`, and an entry in CODECS; rounding to fewer bits, and gradients across the wire, come
-    for free. If it learns something (the random numbers change no other initial weight):
+    for free. If it learns something (it has random numbers of its own, which change no others'):
 
         class LowRank(Full):
+            keep = True
+
             def __init__(self, config, layer):
                 super().__init__(config, layer)
                 self.E = nn.Parameter(0.1 * torch.randn(config.n_embd, config.latent_dim))
@@ -56,7 +58,7 @@ class Full(nn.Module):
     get no gradient. So what learns there is returned by `weights`.
     """
     keep = False  # True, for small payloads: held until backward. False: sent once more then
-    feeds_above = False  # True, with keep: layers above know what arrives, of (B, T, r)
+    feeds_above = False  # True, with keep: what arrives, (B, T, r), joins `known` of layers above
 
     def __init__(self, config, layer):
         super().__init__()
@@ -65,8 +67,8 @@ class Full(nn.Module):
 
     def weights(self, W):
         """
-        The tensors that `expand` needs, made once a step from parameters and from W (2 d, n_embd),
-        with which an input x has keys and values W x.
+        The tensors that `expand` needs, made once a forward pass from parameters and from W (2 d,
+        n_embd), with which an input x has keys and values W x.
         """
         return ()
 
@@ -106,8 +108,9 @@ class Full(nn.Module):
 
 class Mixture(Full):
     """
-    What the layers below have not said, in a subspace that they choose. Of a token whose key and
-    value are [K, V] = W x (W: the layer's c_kv, x: its normed input, in R^n):
+    What the layers below have not said, in r numbers; with k > 0 those below also turn the subspace
+    that the numbers span. Of a token whose key and value are [K, V] = W x (W: the layer's c_kv, x:
+    its normed input, in R^n):
 
         known    y = [1, z', z'', ..]                   z of all layers below, as it arrived
         guess    g = A y                                (guess_below; without it y = [1])
@@ -130,7 +133,7 @@ class Mixture(Full):
         super().__init__(config, layer)
         n, self.r, self.k = config.n_embd, config.latent_dim, config.n_generators
         self.feeds_above = config.guess_below
-        n_known = 8 * math.ceil((1 + self.r * layer * config.guess_below) / 8)  # as `aligned`
+        n_known = 8 * math.ceil((1 + self.r * layer * config.guess_below) / 8)  # of y, `aligned`
         # a mixture begins as the one subspace it contains: E_i and D_i are 0
         E_0 = torch.linalg.qr(torch.randn(n, self.r))[0]
         self.E = nn.Parameter(F.pad(E_0[:, None], (0, 0, 0, self.k)))  # (n, 1 + k, r)
@@ -143,12 +146,12 @@ class Mixture(Full):
         return self.theta_max * F.linear(y, S.to(y.dtype)).tanh()
 
     @kernels.fused
-    def mix(self, z, theta):
-        """E_0^T x, E_1^T x, .. (B, T, >= (1 + k) r) -> E(theta)^T x (B, T, r)"""
-        z = z[..., :(1 + self.k) * self.r].unflatten(-1, (1 + self.k, self.r))
+    def mix(self, zs, theta):
+        """Of a = x - g: E_0^T a, E_1^T a, .. (B, T, >= (1 + k) r) -> E(theta)^T a (B, T, r)"""
+        zs = zs[..., :(1 + self.k) * self.r].unflatten(-1, (1 + self.k, self.r))
         shares = F.pad(theta, (1, 0), value=1.0).unsqueeze(-1)  # of each E_i: (B, T, 1 + k, 1)
         # without dtype autocast makes it float32 on GPUs
-        return (shares * z).sum(dim=2, dtype=z.dtype)
+        return (shares * zs).sum(dim=2, dtype=zs.dtype)
 
     @kernels.fused
     def spread(self, z, theta):
@@ -162,8 +165,8 @@ class Mixture(Full):
 
     def compress(self, x, kv, known):
         rest = x - F.linear(known, self.A.to(x.dtype))
-        z = rest @ aligned(self.E.flatten(1)).to(x.dtype)
-        return (self.mix(z, self.theta(known, self.S)),)
+        zs = rest @ aligned(self.E.flatten(1)).to(x.dtype)
+        return (self.mix(zs, self.theta(known, self.S)),)
 
     def expand(self, payload, known, weights):
         (z,), (W_AD, S) = payload, weights
@@ -184,7 +187,7 @@ class Mixture(Full):
     def start(self, W, moment):
         """
         From the `moment` of many tokens, or its mean over ranks: the guess becomes the ridge
-        regression of x on y, E_0 and D_0 what is best for W of the rest. S y has variance 1.
+        regression of x on y, E_0 and D_0 what is best for W of the rest. S y becomes about 1.
         """
         n = len(self.A)
         C, W = moment.double() / moment[n, n], W.double()  # means over tokens, as y_0 = 1
@@ -278,7 +281,7 @@ class Paper(Full):
 def regression(xy, yy):
     """
     Ridge regression from sums xy = sum of x y^T, yy = sum of y y^T, whose first y is 1: R = argmin
-    sum |x - R y|^2 + 0.01 sum_i |R_i|^2 yy_ii, without the first, which is not made smaller.
+    sum |x - R y|^2 + 0.01 sum_i |R_i|^2 yy_ii, where the first, the constant's, is not penalised.
     """
     ridge = 0.01 * yy.diagonal() + 1e-6
     ridge[0] = 1e-6
@@ -395,7 +398,7 @@ class GPTConfig:
 
     @property
     def paper_dims(self):
-        """Numbers sent for a token's key and for its value, with send=paper (2 % and 5 % of d)."""
+        """Numbers sent for a token's key and for its value, with send=paper: as 2 to 5."""
         r_k = max(1, round(2 * self.latent_dim / 7))
         return r_k, self.latent_dim - r_k
 
@@ -417,10 +420,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        # the two W of Z = X W in the paper, of keys and of values
+        # W of [K, V] = W x: the paper's two, of keys and of values, one above the other
         self.c_kv = nn.Linear(config.n_embd, 2 * config.n_kv_head * config.head_dim, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.plain = Full(config, layer)  # uncompressed: in a warm start, unplugged
+        self.plain = Full(config, layer)  # for --warm_send=full, --unplug_at, --compress_last=False
         self.plain.wire_dtype = self.plain.grad_wire_dtype = 'compute'
         kind = CODECS[config.send]
         if kind is None:
@@ -468,7 +471,7 @@ class Attention(nn.Module):
             weights = codec.weights(self.c_kv.weight)
         span = c.chunk_size if c.exact_local or not codec else 0
         if type(codec) is Full and codec.wire_dtype == 'compute':
-            span = T  # a rank's own shard, in one piece causal in its order, is not rebuilt
+            span = T  # exact: the own shard is one causal piece, nothing of it is rebuilt
         y, *arrived = attend(ring, q, k, kv[:, :, 1], payload, known, weights, codec, rebuild, span)
         return y.flatten(2), torch.cat((below, *arrived), dim=-1) if arrived else below
 
@@ -560,8 +563,8 @@ class GPT(nn.Module):
 
     def inputs(self, idx, ring):
         """
-        Whole sequences (B, T) -> the embeddings x (B, T / world_size, n_embd) of this rank's shard;
-        of every rank's positions (world_size, T / world_size), and what all know of its tokens
+        Whole sequences (B, T) -> embeddings x (B, T / world_size, n_embd) of this rank's shard;
+        positions (world_size, T / world_size) of every rank's; and `below`, what all know of these
         before the first layer: a 1 (world_size, B, T / world_size, 1), float32 at least.
         """
         n, c = idx.shape[1], self.config

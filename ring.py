@@ -108,9 +108,9 @@ def attend(ring, q, k, v, payload, known, weights, codec, rebuild, span):
     payload: tuple of tensors (B, S, ...), S = T for a token's numbers, or the number of chunks for
         a chunk's; the same shapes on every rank. Floating-point ones get gradients.
     known: (world_size, B, T, n), what this rank knows of every rank's tokens.
-    weights: the tensors that `rebuild` uses, this rank's own for every shard. These and what is
-        known get this rank's queries' share of their gradients: as for any weight, average over
-        ranks.
+    weights: the tensors that `rebuild` uses, this rank's own for every shard. They get this rank's
+        queries' share of their gradients: as for any weight, average over ranks. So does what is
+        known; where it arrived in another layer, its share goes home in that layer's message.
     codec: None: nothing is sent. Else
         .pack(payload) -> the tensors that travel, .unpack(those, last dimensions, dtype) ->
             payload: lossy, its gradient the identity. With gradient=True the same for gradients.
@@ -280,7 +280,7 @@ class _Attend(torch.autograd.Function):
                     coming.append(lambda sent=sent: sent)
                 if len(coming) > 1 and not codec.keep:  # large ones: hold one at a time
                     dpayload = add_next()
-            # 7. Add up what comes home. (The others' gradients stay: each rank has its share.)
+            # 7. Add up what comes home. (Of what is known and of weights our share stays here.)
             while coming:
                 dpayload = add_next()
         ctx.shards, dpayload = None, iter(dpayload)  # autograd may hold ctx for longer
@@ -347,7 +347,7 @@ class Ring:
         """
         Post a send of `tensors` to the rank `hop` further on and the receive of tensors of the same
         shapes from the rank `hop` back. phase: 'fwd' or 'bwd', to count. Returns a function that
-        waits for both and returns what was received. Both raise PeerError if a peer is gone.
+        waits for both and returns what was received. Both ways raise PeerError if a peer is gone.
         """
         if not tensors:  # a payload of nothing
             return lambda: []
@@ -355,7 +355,7 @@ class Ring:
         n_bytes = sum(t.nbytes for t in sent)
         self.count(phase, n_bytes)
         if link.dialled:  # a last tensor, not counted, tells the receiver when our queue is through
-            leaves = link.send(n_bytes, link.moment(sent[0].device)())
+            leaves = link.send(n_bytes, link.stamp(sent[0].device)())
             sent.append(torch.tensor([leaves], dtype=torch.float64, device=sent[0].device))
         post = self.post(sent, hop, phase)
 
@@ -463,7 +463,7 @@ def average(tensors, ring, dtype='compute'):
         ring.count('sync', n_bytes)
         name, link = 'the average of gradients or weights', ring.link
         if link.dialled:  # it ends for none before the last has begun
-            leaves = torch.tensor(link.send(n_bytes, link.moment(flat.device)()), device=flat.device,
+            leaves = torch.tensor(link.send(n_bytes, link.stamp(flat.device)()), device=flat.device,
                                   dtype=torch.float64)
             ring.reduce_over_world(leaves, name, dist.ReduceOp.MAX)
         if dtype == 'compute':
@@ -488,7 +488,7 @@ class Link:
     A slow full-duplex link between this rank and all others, dialled on top of the real transfers:
     what is sent leaves through one queue of `mbps` megabits a second (0: no limit), what comes
     arrives through another, in the order in which it is waited for, and in between lie `latency_ms`
-    milliseconds, one way. Clocks of several machines must agree to better than that.
+    milliseconds, one way. Clocks of several machines must agree to better than the latency.
     """
     clock, sleep = staticmethod(time.time), staticmethod(time.sleep)
 
@@ -499,7 +499,7 @@ class Link:
         self.sent_until = self.received_until = 0.0
         self.zero = None  # a GPU's event, and when that was
 
-    def moment(self, device):
+    def stamp(self, device):
         """-> a function that waits until `device` has come to this point, and returns the time."""
         now = self.clock()
         if device.type != 'cuda':
@@ -545,7 +545,7 @@ class Rehearsal(Ring):
         received, link = [t.clone() for t in tensors], self.link
         n_bytes = sum(t.nbytes for t in tensors)
         self.count(phase, n_bytes)
-        ready = link.moment(tensors[0].device) if link.dialled else None
+        ready = link.stamp(tensors[0].device) if link.dialled else None
 
         def wait():  # nobody waits for the GPU before this: its queue stays full
             if link.dialled:

@@ -93,16 +93,15 @@ class RunConfig:
 
 PRESETS = {
     'tiny': {},
-    'needle': dict(data='needle', codec_lr=0.1, latent_dim=36, n_layer=2, n_embd=64, block_size=16, n_chunks=4, batch_size=64, max_iters=300,
-                   warm_start=10, learning_rate=5e-3, min_lr=2e-4, eval_interval=150,
-                   sample_tokens=0),
-    '124m': dict(n_layer=12, n_head=12, n_embd=768, latent_dim=16,
-                 block_size=16384, batch_size=1, gradient_accumulation_steps=16, max_iters=10000,
-                 warm_start=500, warmup_iters=500, learning_rate=6e-4, min_lr=6e-5,
-                 eval_interval=500),
+    'needle': dict(data='needle', codec_lr=0.1, latent_dim=36, n_layer=2, n_embd=64, block_size=16,
+                   n_chunks=4, batch_size=64, max_iters=300, warm_start=10, learning_rate=5e-3,
+                   min_lr=2e-4, eval_interval=150, sample_tokens=0),
+    '124m': dict(n_layer=12, n_head=12, n_embd=768, latent_dim=16, block_size=16384, batch_size=1,
+                 gradient_accumulation_steps=16, max_iters=10000, warm_start=500, warmup_iters=500,
+                 learning_rate=6e-4, min_lr=6e-5, eval_interval=500),
     # the paper's shape; it does not give the width of its MLP
-    '800m': dict(n_layer=8, n_head=8, n_embd=2048, n_ff=8192, latent_dim=44,
-                 block_size=131072, batch_size=1, max_iters=10000, warm_start=500, warmup_iters=500,
+    '800m': dict(n_layer=8, n_head=8, n_embd=2048, n_ff=8192, latent_dim=44, block_size=131072,
+                 batch_size=1, max_iters=10000, warm_start=500, warmup_iters=500,
                  learning_rate=3e-4, min_lr=3e-5, weight_decay=0.01, eval_interval=500),
 }
 
