@@ -256,8 +256,7 @@ class _Attend(torch.autograd.Function):
                 dshard = [t if t is None else t[source] for t in darrived or [None] * len(floats)]
                 calls = visible(span, T, ring.rank, source)
                 if calls:  # none: it is our own, and all of it exact
-                    # 3. to 5. Its share of our dQ; in .grad of its payload, of what is known of it,
-                    #    and of the weights, what our queries give these.
+                    # 3. to 5. Its share of our dQ; in .grad of all others what our queries give.
                     n = T // 2 if source < ring.rank else T
                     of_source = known[source].detach().requires_grad_(known.requires_grad)
                     copies = [t.detach().requires_grad_(t.requires_grad) for t in weights]
@@ -274,10 +273,8 @@ class _Attend(torch.autograd.Function):
                 #    h ranks back. Our own share (h = 0) is rounded as well, like all others.
                 sent = codec.pack([torch.zeros_like(t) if gradient is None else gradient.to(t.dtype)
                                    for t, gradient in zip(floats, dshard)], gradient=True)
-                if h := source - ring.rank:
-                    coming.append(ring.exchange(sent, h, 'bwd'))
-                else:
-                    coming.append(lambda sent=sent: sent)
+                h = source - ring.rank
+                coming.append(ring.exchange(sent, h, 'bwd') if h else lambda sent=sent: sent)
                 if len(coming) > 1 and not codec.keep:  # large ones: hold one at a time
                     dpayload = add_next()
             # 7. Add up what comes home. (Of what is known and of weights our share stays here.)
