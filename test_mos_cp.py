@@ -582,8 +582,9 @@ def test_a_mixture_starts_as_the_subspace_it_contains():
                               for y in (start_y, new_y))
         codec.start(W, codec.moment(start_x, start_known))
         theta = codec.theta(known, codec.S)
-        if options['n_generators'] and options['guess_below']:  # theta says something at once
-            assert (theta.abs().mean(dim=(0, 1)) > 0.04).all() and theta.abs().max() <= 0.2
+        if options['n_generators'] and options['guess_below']:  # theta says something, and can move
+            size = theta.abs().mean(dim=(0, 1))
+            assert size.min() > 0.04 and size.max() < 0.17 and theta.abs().max() <= 0.2
         rebuilt = codec.expand(codec.compress(x, None, known), known, codec.weights(W))
         return relative_error(rebuilt.flatten(2), x @ W.T)
     errors, mixed = ([left(guess_below=below, n_generators=k) for below in (False, True)]
