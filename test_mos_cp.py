@@ -2,7 +2,6 @@
 Tests. The oracle is one process with one dense softmax in float64, differentiated by autograd;
 every parallel path must equal it on every rank. All `check_...` share one spawn a world size.
 """
-import fcntl
 import functools
 import itertools
 import json
@@ -797,18 +796,6 @@ def test_readers(tmp_path, monkeypatch):
             load(*argv)
 
 
-def test_a_pipe_that_nobody_reads(tmp_path):
-    """As with `| head`: a run saves and ends; no traceback."""
-    command = sys.executable, train.__file__, *SMALL, f'--out_dir={tmp_path}', '--max_iters=100000'
-    run = subprocess.Popen([*command, '--eval_interval=100000'], text=True, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE)
-    while 'iter' not in run.stdout.readline():  # until it trains
-        assert run.poll() is None
-    run.stdout.close()
-    assert (run.stderr.read(), run.wait(60)) == ('', 128 + signal.SIGTERM)
-    assert train.load_checkpoint(tmp_path / 'ckpt.pt')['iter_num'] > 0
-
-
 @pytest.mark.parametrize('argv, message', (
     ('--blok_size=8', 'the nearest flag is --block_size'), ('--lr=1', '--lr; --help lists all'),
     ('--block_size=eight', "invalid int value: 'eight'"), ('--compile=maybe', "choice: 'maybe'"),
@@ -1192,17 +1179,8 @@ def test_resume_with_other_options(reference_run, tmp_path, capfd):
                           ('--sync_every=3', False), ('--recompute', False)):
         val_loss = resumed('--max_iters=12', flag)['val_loss']
         assert (val_loss != pytest.approx(records[12]['val_loss'], rel=1e-6)) == changes, flag
-    assert 'not as before' not in capfd.readouterr().out
-    (tmp_path / 'other').write_text(1000 * 'ab')
-    argv = *best, '--batch_size=2', '--lr_decay_iters=0', f'--data={tmp_path}/other'
-    other = resumed(*argv, best_val_loss=0.0)['records']
+    other = resumed(*best, '--batch_size=2')['records']
     assert [r['tokens'] for r in other[:-1]] == [512 * n for n in (8, 10, 12, 14)]
-    assert train.load_checkpoint(path)['iter_num'] == 10  # the best on other data
-    printed = capfd.readouterr().out
-    for sentence in ('learning rate 0.0011; the checkpoint has learning rate 0.00138',
-                     r'checksum \d+ of training data; the .* checksum \d+ of training data',
-                     r'checksum \d+ of validation, 2 x 2; the .* \d+ of validation, 2 x 1'):
-        assert re.search('not as before: ' + sentence, printed), (sentence, printed)
     # as if the warm start were over only now, the best loss were 0, and one flag were newer
     config = {name: value for name, value in half['config'].items() if name != 'prompt'}
     model = {**half['model'], '_extra_state': 'local'}
@@ -1288,14 +1266,6 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path):
     assert [r['iter'] for r in read_log(tmp_path, configs=True)] == [0, 6]  # it did die
 
 
-def test_two_runs_in_one_folder(tmp_path):
-    with open(tmp_path / 'lock', 'wb') as f:
-        fcntl.flock(f, fcntl.LOCK_SH)
-        with pytest.raises(SystemExit, match='another run writes to .*: change --out_dir'):
-            small_run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ['lock']
-
-
 def lose_losses(rank, iterations):
     """Rank 1's loss is not finite in some iterations."""
     change_send = train.change_send
@@ -1338,7 +1308,7 @@ def differ(rank, flag, checkpoint):
 
 
 @pytest.mark.parametrize('flag, checkpoint, message', (
-    ('--data=needle', None, r"data \['checksum \d+ of training data', .* and rank 0 has"),
+    ('--data=needle', None, r'data checksums \[\d+, \d+\], and rank 0 has'),
     ('--cp=2', {**train.STATE, 'iter_num': 20}, "checkpoint {'iter_num': 20, .*, and rank 0 has N"),
     ('--seed=2', None, '--seed 2, and rank 0 has 1337: they must be the same')))
 def test_ranks_that_disagree_are_named(tmp_path, flag, checkpoint, message):

@@ -12,7 +12,6 @@ import argparse
 import copy
 import difflib
 import errno
-import fcntl
 import glob
 import inspect
 import json
@@ -25,7 +24,6 @@ import sysconfig
 import time
 import zlib
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -126,7 +124,7 @@ HERE_FLAGS = ('init_from', 'out_dir', 'eval_only', 'device', 'cp', 'compile', 'r
               'timeout_s', 'link_mbps', 'latency_ms')
 
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16, datasheets, for the MFU
-STATE = dict(iter_num=0, tokens=0, seconds=0.0, best_val_loss=math.inf, data=())  # at the start
+STATE = dict(iter_num=0, tokens=0, seconds=0.0, best_val_loss=math.inf)  # at the start
 
 
 def fail(message):
@@ -135,15 +133,6 @@ def fail(message):
         time.sleep(2)  # torchrun ends us with the first; if it does not, this fault is ours alone
         message = f'rank {os.environ["RANK"]}: {message}'
     sys.exit(f'train.py: {message}')
-
-
-def speak(text):
-    """Above the bar, if there is one. When nobody reads on, as with `| head`: as on SIGTERM."""
-    try:
-        tqdm.write(text)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        signal.raise_signal(signal.SIGTERM)
 
 
 def complain(text):
@@ -405,12 +394,12 @@ def plan(argv):
     if c.n_layer > 1:  # the paper leaves out the last layer
         costs['--method=paper'] = estimate([*argv, '--method=paper', '--send=paper'], P)
     costs['this configuration'] = estimate(argv, P)
-    speak(f'{P} ranks of {c.tflops:g} TFLOP/s, {tokens:,} tokens an iteration. Computed: what a '
+    tqdm.write(f'{P} ranks of {c.tflops:g} TFLOP/s, {tokens:,} tokens an iteration. Computed: what a '
           'rank receives in it;\nthe arithmetic of the codec, as a share of model and attention; '
           'tokens/s, if exchanges hide under\nattention, and the sync under nothing.')
     for mbps in [c.link_mbps] if c.link_mbps else [300, 1000]:
         s = 8e-6 / mbps  # seconds a byte
-        speak(f'\n{f"at {mbps:g} Mbit/s":<20}{"ring, MB":>10}{"sync, MB":>10}{"ring, s":>10}'
+        tqdm.write(f'\n{f"at {mbps:g} Mbit/s":<20}{"ring, MB":>10}{"sync, MB":>10}{"ring, s":>10}'
               f'{"sync, s":>10}{"compute, s":>12}{"codec":>8}{"tokens/s":>12}')
         for name, (fwd, bwd, sync, *flops) in costs.items():
             of_model, attention, of_codec = (n / c.tflops / 1e12 for n in flops)  # seconds
@@ -421,7 +410,7 @@ def plan(argv):
             seconds = of_model + of_codec + sync * s + sum(
                 max(attention * share, n_bytes * s + attention * share * after)
                 for n_bytes, share in ((fwd, 2 / 7), (bwd, 5 / 7)))
-            speak(f'{name:<20}{(fwd + bwd) / 1e6:>10,.1f}{sync / 1e6:>10,.1f}'
+            tqdm.write(f'{name:<20}{(fwd + bwd) / 1e6:>10,.1f}{sync / 1e6:>10,.1f}'
                   f'{(fwd + bwd) * s:>10,.2f}{sync * s:>10,.2f}'
                   f'{of_model + attention + of_codec:>12,.2f}'
                   f'{max(0, of_codec) / (of_model + attention):>8.1%}{tokens / seconds:>12,.0f}')
@@ -478,7 +467,7 @@ class World:
 
     def say(self, text):
         if self.master:
-            speak(text)
+            tqdm.write(text)
 
     def tell(self, iter_num, text):
         self.say(f'iter {iter_num:>{self.width}}: {text}')
@@ -517,7 +506,7 @@ class World:
                                      f'{value}: they must be the same')
         self.ring = Ring(group, self.ring.link)
         if not self.master and env.get('LOCAL_RANK') == '0':  # the first of another machine
-            speak(f'rank {self.rank} of {self.world_size}: rank 0, on {env["MASTER_ADDR"]}, says '
+            tqdm.write(f'rank {self.rank} of {self.world_size}: rank 0, on {env["MASTER_ADDR"]}, says '
                   f'the rest, and logs it there in {c.out_dir}')
 
     def stop(self, signum, frame):
@@ -664,15 +653,10 @@ class Log:
         self.uncompressed = self.n_received * 3 * 2 * width * world.dtype.itemsize
         total = at.tokens + (c.max_iters - at.iter_num) * world.tokens
         self.bar = world.bar(total=total, initial=at.tokens, unit='tok', unit_scale=True)
-        self.path, self.lock = Path(c.out_dir, 'log.jsonl'), nullcontext()
+        self.path = Path(c.out_dir, 'log.jsonl')
         self.writes = world.master and not c.rehearse and not c.eval_only
         if self.writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path.with_name('lock'), 'wb')  # until the run ends
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:  # where no file can be locked, none is
-                check(e.errno != errno.EWOULDBLOCK, f'another run writes to {c.out_dir}', 'out_dir')
             old = self.path.read_bytes() if self.path.exists() else b''
             lines = re.finditer(rb'^{"iter": (\d+),.*}\n', old, re.MULTILINE)
             kept = [line[0] for line in lines if int(line[1]) < at.iter_num]
@@ -770,12 +754,6 @@ def describe(c, model, batches, world, at, checkpoint):
         say(f'resumed from {c.out_dir}/ckpt.pt at iteration {at.iter_num} of {c.max_iters}{advice}')
         for name in checkpoint['newer']:
             say(f'the checkpoint has no --{name}, which is newer: it is {getattr(c, name)!r}')
-        saved = argparse.Namespace(**checkpoint['config'])
-        before = f'learning rate {learning_rate(at.iter_num, saved):.3g}', *checkpoint['data']
-        now = f'learning rate {learning_rate(at.iter_num, c):.3g}', *at.data
-        for old, new in zip(before, now):
-            if old != new:
-                say(f'not as before: {new}; the checkpoint has {old}')
 
 
 # -----------------------------------------------------------------------------
@@ -935,14 +913,10 @@ def set_up(argv):
         world = World(c)
         batches = Batches(c, world)
         at = argparse.Namespace(**{k: (checkpoint or STATE)[k] for k in STATE})
-        before, at.data = at.data, [
-            f'checksum {fingerprint(batches.train)} of training data',
-            f'checksum {fingerprint(batches.val)} of validation, {c.eval_iters} x {c.batch_size}']
-        if before[1:] != at.data[1:]:  # the best loss of another validation is no measure
-            at.best_val_loss = math.inf
         world.join(c, {  # what all ranks must agree on
             **{f'--{k}': v for k, v in vars(c).items() if k not in ('out_dir', 'data', 'val_data')},
-            'torch': torch.__version__, 'data': at.data, 'checkpoint': checkpoint and vars(at)})
+            'torch': torch.__version__, 'checkpoint': checkpoint and vars(at),
+            'data checksums': [fingerprint(batches.train), fingerprint(batches.val)]})
         model, optimizer = build(c, world, checkpoint)
         log = Log(c, model, world, at)
     except ValueError as e:
@@ -965,7 +939,7 @@ def main(argv=None):
             return None
         c, model, _, _, world, log, at = run
         handlers = {s: signal.signal(s, world.stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        with log.bar, log.lock:
+        with log.bar:
             train(*run)
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
