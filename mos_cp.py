@@ -75,8 +75,8 @@ class Full(nn.Module):
     def compress(self, x, kv, known):
         """
         The layer's input x (B, T, n_embd), normed, kv = W x (B, T, 2, Hkv, hd), and what every rank
-        knows of these tokens (B, T, 1 + n_below, and zeros up to a multiple of 8): a 1, and what
-        arrived for the layers below with `feeds_above`, which gets gradients -> payload.
+        knows of these tokens (B, T, 1 + n_below): a 1, and what arrived for the layers below with
+        `feeds_above`, which gets gradients -> payload.
         """
         return (kv,)
 
@@ -112,7 +112,8 @@ class Mixture(Full):
     that the numbers span. Of a token whose key and value are [K, V] = W x (W: the layer's c_kv, x:
     its normed input, in R^n):
 
-        known    y = [1, z', z'', ..]                   z of all layers below, as it arrived
+        known    y = [1, z', z'', .., u', u'', ..]      z of all layers below, as it arrived, and u:
+                                                        z of the token before it in its chunk, or 0
         guess    g = A y                                (guess_below; without it y = [1])
         mixture  theta = c tanh(S y)                    k numbers (n_generators), c = theta_max
                  E(theta) = E_0 + sum_i theta_i E_i     each E_i: (n, r), r numbers (latent_dim);
@@ -133,13 +134,18 @@ class Mixture(Full):
         super().__init__(config, layer)
         n, self.r, self.k = config.n_embd, config.latent_dim, config.n_generators
         self.feeds_above = config.guess_below
-        n_known = 8 * math.ceil((1 + self.r * layer * config.guess_below) / 8)  # of y, `aligned`
+        n_known = 8 * math.ceil((1 + 2 * self.r * layer * config.guess_below) / 8)  # of y, aligned
         # a mixture begins as the one subspace it contains: E_i and D_i are 0
         E_0 = torch.linalg.qr(torch.randn(n, self.r))[0]
         self.E = nn.Parameter(F.pad(E_0[:, None], (0, 0, 0, self.k)))  # (n, 1 + k, r)
         self.D = nn.Parameter(self.E.detach().clone())
         self.A = nn.Parameter(torch.zeros(n, n_known))
         self.S = nn.Parameter(torch.randn(self.k, n_known))
+
+    def y(self, known):
+        """known (B, T, 1 + n_below) -> y (B, T, 1 + 2 n_below, and zeros up to a multiple of 8)"""
+        before = known[..., 1:].unflatten(1, (-1, self.config.chunk_size))[:, :, :-1]
+        return aligned(torch.cat((known, F.pad(before, (0, 0, 1, 0)).flatten(1, 2)), dim=-1))
 
     def theta(self, y, S):
         """y (B, T, ny), S (k, ny) -> (B, T, k)"""
@@ -164,23 +170,24 @@ class Mixture(Full):
         return W @ aligned(torch.cat((self.A, self.D.flatten(1)), dim=1)), self.S
 
     def compress(self, x, kv, known):
-        rest = x - F.linear(known, self.A.to(x.dtype))
+        y = self.y(known)
+        rest = x - F.linear(y, self.A.to(x.dtype))
         zs = rest @ aligned(self.E.flatten(1)).to(x.dtype)
-        return (self.mix(zs, self.theta(known, self.S)),)
+        return (self.mix(zs, self.theta(y, self.S)),)
 
     def expand(self, payload, known, weights):
-        (z,), (W_AD, S) = payload, weights
-        y_z = torch.cat((known, self.spread(z, self.theta(known, S))), dim=-1)
+        (z,), (W_AD, S), y = payload, weights, self.y(known)
+        y_z = torch.cat((y, self.spread(z, self.theta(y, S))), dim=-1)
         return F.linear(aligned(y_z), W_AD.to(z.dtype)).unflatten(-1, self.shape)
 
     def moment(self, x, known):
         """
-        For `start`: of a rank's x (B, T, n_embd) and its y (B, T, ny) the sum of
+        For `start`: of a rank's x (B, T, n_embd) and their y (B, T, ny) the sum of
         [x, y] [x, y]^T over tokens. float32 at least.
         """
         with torch.autocast(x.device.type, enabled=False):
             dtype = kernels.accumulation_dtype(x.dtype)
-            rows = torch.cat((x.to(dtype), known.to(dtype)), dim=-1).flatten(0, 1)
+            rows = torch.cat((x.to(dtype), self.y(known.to(dtype))), dim=-1).flatten(0, 1)
             return rows.T @ rows
 
     @torch.no_grad()
@@ -465,7 +472,7 @@ class Attention(nn.Module):
             keys, values = codec.expand(payload, known, weights).unbind(2)
             return kernels.rope(keys, angles(source, n)), values
         x, q, k, kv = self.project(x, norm, angles(ring.rank, T))
-        payload, weights, known = (), (), aligned(below.to(x.dtype))
+        payload, weights, known = (), (), below.to(x.dtype)
         if codec:
             payload = codec.compress(x, kv, known[ring.rank])
             weights = codec.weights(self.c_kv.weight)
@@ -636,7 +643,7 @@ class GPT(nn.Module):
         for block in self.h:
             codec, moment = block.attn.codec, None
             if hasattr(codec, 'moment'):
-                moment = sum(codec.moment(block.ln_1(x), aligned(below[self.ring.rank]))
+                moment = sum(codec.moment(block.ln_1(x), below[self.ring.rank])
                              for x, _, below in streams)
                 average([moment], self.ring)
             if block in self.started:
