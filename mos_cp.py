@@ -112,8 +112,8 @@ class Mixture(Full):
     that the numbers span. Of a token whose key and value are [K, V] = W x (W: the layer's c_kv, x:
     its normed input, in R^n):
 
-        known    y = [1, z', z'', .., u', u'', ..]      z of all layers below, as it arrived, and u:
-                                                        z of the token before it in its chunk, or 0
+        known    y = [1, z', z'', .., u', u'', ..]      z: of all layers below, as it arrived; u: z
+                                                        of the token before, 0 at a chunk's start
         guess    g = A y                                (guess_below; without it y = [1])
         mixture  theta = c tanh(S y)                    k numbers (n_generators), c = theta_max
                  E(theta) = E_0 + sum_i theta_i E_i     each E_i: (n, r), r numbers (latent_dim);
@@ -124,8 +124,8 @@ class Mixture(Full):
     Every rank has W, and has received z of the layers below. So guess and theta cost no byte, and
     what is rebuilt moves with W as W learns. W gets gradients from every rebuilt key and value too;
     z of a layer below gets those of all layers above, and they travel once, with its own layer's.
-    Nothing here looks at other tokens. A, S, E_i and D_i are learned; k = 0 is one learned
-    subspace.
+    Why u: to find where a text repeats, a key must tell which token came before (induction heads,
+    Olsson et al. 2022). A, S, E_i and D_i are learned; k = 0 is one learned subspace.
     """
     keep = True
     theta_max = 0.2
@@ -170,9 +170,8 @@ class Mixture(Full):
         return W @ aligned(torch.cat((self.A, self.D.flatten(1)), dim=1)), self.S
 
     def compress(self, x, kv, known):
-        y = self.y(known)
-        rest = x - F.linear(y, self.A.to(x.dtype))
-        zs = rest @ aligned(self.E.flatten(1)).to(x.dtype)
+        y, E = self.y(known), aligned(self.E.flatten(1))
+        zs = x @ E.to(x.dtype) - y @ (self.A.T @ E).to(x.dtype)  # E^T (x - A y), without all of A y
         return (self.mix(zs, self.theta(y, self.S)),)
 
     def expand(self, payload, known, weights):

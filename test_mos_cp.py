@@ -893,11 +893,11 @@ def test_plan(capsys):
     n, full = 128_000, 2 * 2 * 32 * 2 * 3 / 4  # tokens an iteration; bytes of one: K, V, 2 layers
     n_ours, n_plain = (GPT(GPTConfig(**sizes, send=send)).get_num_params()
                        for send in ('mixture', 'full'))
-    # FLOPs of a token, of two layers, with y, z and [y, z] filled up to 8: y to g, x to z, forward
-    # and backward; [y, z] to [K, V] of 4 shards, of which two have half the work, forward, once
+    # FLOPs of a token, of two layers, with y, z and [y, z] filled up to 8: x and y to z, forward and
+    # backward; [y, z] to [K, V] of 4 shards, of which two have half the work, forward, once
     # more in backward, and its two gradients. W [A, D] once a micro-step, of which there is one.
     y, y_z = 8 + 16, 16 + 24
-    codec = 6 * 32 * (y + 16) + 8 * 64 * y_z * 3 + 6 * 64 * 32 * y_z / (n / 4)
+    codec = 6 * 8 * (2 * 32 + y) + 8 * 64 * y_z * 3 + 6 * 64 * 32 * y_z / (n / 4)
     for name, fwd, bwd, n_params, of_codec in (
             ('--send=full', full, 2 * full, n_plain, 0),
             ('Ulysses', 2 * full / 4, 2 * full / 4, n_plain, 0),
