@@ -132,38 +132,28 @@ class Mixture(Full):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        n, self.r, self.k = config.n_embd, config.latent_dim, config.n_generators
+        n, r, k = config.n_embd, config.latent_dim, config.n_generators
         self.feeds_above = config.guess_below
-        n_known = 8 * math.ceil((1 + 2 * self.r * layer * config.guess_below) / 8)  # of y, aligned
+        n_known = 8 * math.ceil((1 + 2 * r * layer * config.guess_below) / 8)  # of y, aligned
         # a mixture begins as the one subspace it contains: E_i and D_i are 0
-        E_0 = torch.linalg.qr(torch.randn(n, self.r))[0]
-        self.E = nn.Parameter(F.pad(E_0[:, None], (0, 0, 0, self.k)))  # (n, 1 + k, r)
+        E_0 = torch.linalg.qr(torch.randn(n, r))[0]
+        self.E = nn.Parameter(F.pad(E_0[:, None], (0, 0, 0, k)))  # (n, 1 + k, r)
         self.D = nn.Parameter(self.E.detach().clone())
         self.A = nn.Parameter(torch.zeros(n, n_known))
-        self.S = nn.Parameter(torch.randn(self.k, n_known))
+        self.S = nn.Parameter(torch.randn(k, n_known))
 
     def y(self, known):
         """known (B, T, 1 + n_below) -> y (B, T, 1 + 2 n_below, and zeros up to a multiple of 8)"""
         before = known[..., 1:].unflatten(1, (-1, self.config.chunk_size))[:, :, :-1]
         return aligned(torch.cat((known, F.pad(before, (0, 0, 1, 0)).flatten(1, 2)), dim=-1))
 
-    def theta(self, y, S):
-        """y (B, T, ny), S (k, ny) -> (B, T, k)"""
-        return self.theta_max * F.linear(y, S.to(y.dtype)).tanh()
-
-    @kernels.fused
-    def mix(self, zs, theta):
-        """Of a = x - g: E_0^T a, E_1^T a, .. (B, T, >= (1 + k) r) -> E(theta)^T a (B, T, r)"""
-        zs = zs[..., :(1 + self.k) * self.r].unflatten(-1, (1 + self.k, self.r))
-        shares = F.pad(theta, (1, 0), value=1.0).unsqueeze(-1)  # of each E_i: (B, T, 1 + k, 1)
-        # without dtype autocast makes it float32 on GPUs
-        return (shares * zs).sum(dim=2, dtype=zs.dtype)
-
-    @kernels.fused
-    def spread(self, z, theta):
-        """z (B, T, r) -> z, theta_1 z, .. (B, T, (1 + k) r), for [D_0, D_1, ..]"""
-        shares = F.pad(theta, (1, 0), value=1.0).unsqueeze(-1)
-        return (shares * z.unsqueeze(2)).flatten(2)
+    def shares(self, y, S):
+        """
+        How much of each E_i and D_i is in E(theta) and D(theta), 1 and theta: y (B, T, ny), S (k, ny)
+        -> (B, T, 1 + k, 1)
+        """
+        theta = self.theta_max * F.linear(y, S.to(y.dtype)).tanh()
+        return F.pad(theta, (1, 0), value=1.0).unsqueeze(-1)
 
     def weights(self, W):
         # W (A y + D(theta) z) = W [A, D_0, D_1, ..] [y, z, theta_1 z, ..]
@@ -171,13 +161,17 @@ class Mixture(Full):
 
     def compress(self, x, kv, known):
         y, E = self.y(known), aligned(self.E.flatten(1))
-        zs = x @ E.to(x.dtype) - y @ (self.A.T @ E).to(x.dtype)  # E^T (x - A y), without all of A y
-        return (self.mix(zs, self.theta(y, self.S)),)
+        # E_i^T (x - A y) for each i, without A y itself, which is as large as x: (B, T, 1 + k, r)
+        zs = x @ E.to(x.dtype) - y @ (self.A.T @ E).to(x.dtype)
+        zs = zs[..., :self.E[0].numel()].unflatten(-1, self.E.shape[1:])
+        # without dtype autocast makes it float32 on GPUs
+        return ((self.shares(y, self.S) * zs).sum(dim=2, dtype=x.dtype),)
 
     def expand(self, payload, known, weights):
         (z,), (W_AD, S), y = payload, weights, self.y(known)
-        y_z = torch.cat((y, self.spread(z, self.theta(y, S))), dim=-1)
-        return F.linear(aligned(y_z), W_AD.to(z.dtype)).unflatten(-1, self.shape)
+        zs = (self.shares(y, S) * z.unsqueeze(2)).flatten(2)  # z, theta_1 z, .. (B, T, (1 + k) r)
+        y_z = aligned(torch.cat((y, zs), dim=-1))
+        return F.linear(y_z, W_AD.to(z.dtype)).unflatten(-1, self.shape)
 
     def moment(self, x, known):
         """
@@ -200,7 +194,7 @@ class Mixture(Full):
         xy, yy = C[:n, n:], C[n:, n:]
         R = regression(xy, yy)
         left_of_x = C[:n, :n] - R @ xy.T - xy @ R.T + R @ yy @ R.T
-        E_0, D_0 = bottleneck(left_of_x, W, self.r)
+        E_0, D_0 = bottleneck(left_of_x, W, self.E.shape[-1])
         self.A.copy_(R)
         self.S.mul_((len(yy) * yy.diagonal() + 1e-6).rsqrt())
         for family, subspace in ((self.E, E_0), (self.D, D_0)):

@@ -403,13 +403,14 @@ def plan(argv):
               f'{"sync, s":>10}{"compute, s":>12}{"codec":>8}{"tokens/s":>12}')
         for name, (fwd, bwd, sync, *flops) in costs.items():
             of_model, attention, of_codec = (n / c.tflops / 1e12 for n in flops)  # seconds
-            # A layer's exchange can hide under its attention alone, of which two sevenths are
-            # forward (4 of 14 T^2 H hd), and under all but one shard of that: the last to arrive,
-            # or the first to have a gradient. Ulysses' attention waits.
+            # A layer's exchange can hide under its attention alone, of whose time a sixth is
+            # forward (heads of 256 on an H200: 4 T^2 H hd at 742 TFLOP/s, backward 10 at 367), and
+            # under all but one shard of that: the last to arrive, or the first to have a gradient.
+            # Ulysses' attention waits.
             after = 1 if name == 'Ulysses' else 1 / P
             seconds = of_model + of_codec + sync * s + sum(
                 max(attention * share, n_bytes * s + attention * share * after)
-                for n_bytes, share in ((fwd, 2 / 7), (bwd, 5 / 7)))
+                for n_bytes, share in ((fwd, 1 / 6), (bwd, 5 / 6)))
             tqdm.write(f'{name:<20}{(fwd + bwd) / 1e6:>10,.1f}{sync / 1e6:>10,.1f}'
                   f'{(fwd + bwd) * s:>10,.2f}{sync * s:>10,.2f}'
                   f'{of_model + attention + of_codec:>12,.2f}'
