@@ -150,8 +150,10 @@ class Mixture(Full):
     def shares(self, y, S):
         """
         How much of each E_i and D_i is in E(theta) and D(theta), 1 and theta: y (B, T, ny), S (k, ny)
-        -> (B, T, 1 + k, 1)
+        -> (B, T, 1 + k, 1), or what broadcasts to it
         """
+        if not len(S):  # no mixture: nothing to compute, and no gradient
+            return y.new_ones(1, 1, 1, 1)
         theta = self.theta_max * F.linear(y, S.to(y.dtype)).tanh()
         return F.pad(theta, (1, 0), value=1.0).unsqueeze(-1)
 
