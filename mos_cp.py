@@ -89,7 +89,7 @@ class Full(nn.Module):
         """
         The payload, or the gradient of its floating-point tensors, as it travels. int8 and int4
         have one scale for each row, which is the last dimension: a head of full keys and values, z
-        of a token. Gradients are rounded at random then: nothing is lost on average.
+        of a token. In these, gradients are rounded at random: nothing is lost on average.
         """
         dtype = self.grad_wire_dtype if gradient else self.wire_dtype
         return [kernels.encode(t, dtype, stochastic=gradient) if t.is_floating_point() else t
@@ -108,9 +108,9 @@ class Full(nn.Module):
 
 class Mixture(Full):
     """
-    What the layers below have not said, in r numbers; with k > 0 those below also turn the subspace
-    that the numbers span. Of a token whose key and value are [K, V] = W x (W: the layer's c_kv, x:
-    its normed input, in R^n):
+    What the layers below have not said, in r numbers; with k > 0 what they said also turns the
+    subspace that the numbers span. Of a token whose key and value are [K, V] = W x (W: the layer's
+    c_kv, x: its normed input, in R^n):
 
         known    y = [1, z', z'', .., u', u'', ..]      z: of all layers below, as it arrived; u: z
                                                         of the token before, 0 at a chunk's start
@@ -149,8 +149,8 @@ class Mixture(Full):
 
     def shares(self, y, S):
         """
-        How much of each E_i and D_i is in E(theta) and D(theta), 1 and theta: y (B, T, ny), S (k, ny)
-        -> (B, T, 1 + k, 1), or what broadcasts to it
+        How much of each E_i and D_i is in E(theta) and D(theta), 1 and theta: y (B, T, ny),
+        S (k, ny) -> (B, T, 1 + k, 1), or what broadcasts to it.
         """
         if not len(S):  # no mixture: nothing to compute, and no gradient
             return y.new_ones(1, 1, 1, 1)
@@ -177,8 +177,8 @@ class Mixture(Full):
 
     def moment(self, x, known):
         """
-        For `start`: of a rank's x (B, T, n_embd) and their y (B, T, ny) the sum of
-        [x, y] [x, y]^T over tokens. float32 at least.
+        For `start`: of a rank's x (B, T, n_embd) and what is known of them (B, T, 1 + n_below) the
+        sum of [x, y] [x, y]^T over tokens. float32 at least.
         """
         with torch.autocast(x.device.type, enabled=False):
             dtype = kernels.accumulation_dtype(x.dtype)
@@ -189,7 +189,7 @@ class Mixture(Full):
     def start(self, W, moment):
         """
         From the `moment` of many tokens, or its mean over ranks: the guess becomes the ridge
-        regression of x on y, E_0 and D_0 what is best for W of the rest. S y becomes about 1.
+        regression of x on y, E_0 and D_0 what is best for W of the rest. S y becomes 1 or less.
         """
         n = len(self.A)
         C, W = moment.double() / moment[n, n], W.double()  # means over tokens, as y_0 = 1

@@ -893,8 +893,8 @@ def test_plan(capsys):
     n, full = 128_000, 2 * 2 * 32 * 2 * 3 / 4  # tokens an iteration; bytes of one: K, V, 2 layers
     n_ours, n_plain = (GPT(GPTConfig(**sizes, send=send)).get_num_params()
                        for send in ('mixture', 'full'))
-    # FLOPs of a token, of two layers, with y, z and [y, z] filled up to 8: x and y to z, forward and
-    # backward; [y, z] to [K, V] of 4 shards, of which two have half the work, forward, once
+    # FLOPs of a token, of two layers, with y, z and [y, z] filled up to 8: x and y to z, forward
+    # and backward; [y, z] to [K, V] of 4 shards, of which two have half the work, forward, once
     # more in backward, and its two gradients. W [A, D] once a micro-step, of which there is one.
     y, y_z = 8 + 16, 16 + 24
     codec = 6 * 8 * (2 * 32 + y) + 8 * 64 * y_z * 3 + 6 * 64 * 32 * y_z / (n / 4)

@@ -394,12 +394,12 @@ def plan(argv):
     if c.n_layer > 1:  # the paper leaves out the last layer
         costs['--method=paper'] = estimate([*argv, '--method=paper', '--send=paper'], P)
     costs['this configuration'] = estimate(argv, P)
-    tqdm.write(f'{P} ranks of {c.tflops:g} TFLOP/s, {tokens:,} tokens an iteration. Computed: what a '
+    print(f'{P} ranks of {c.tflops:g} TFLOP/s, {tokens:,} tokens an iteration. Computed: what a '
           'rank receives in it;\nthe arithmetic of the codec, as a share of model and attention; '
           'tokens/s, if exchanges hide under\nattention, and the sync under nothing.')
     for mbps in [c.link_mbps] if c.link_mbps else [300, 1000]:
         s = 8e-6 / mbps  # seconds a byte
-        tqdm.write(f'\n{f"at {mbps:g} Mbit/s":<20}{"ring, MB":>10}{"sync, MB":>10}{"ring, s":>10}'
+        print(f'\n{f"at {mbps:g} Mbit/s":<20}{"ring, MB":>10}{"sync, MB":>10}{"ring, s":>10}'
               f'{"sync, s":>10}{"compute, s":>12}{"codec":>8}{"tokens/s":>12}')
         for name, (fwd, bwd, sync, *flops) in costs.items():
             of_model, attention, of_codec = (n / c.tflops / 1e12 for n in flops)  # seconds
@@ -411,7 +411,7 @@ def plan(argv):
             seconds = of_model + of_codec + sync * s + sum(
                 max(attention * share, n_bytes * s + attention * share * after)
                 for n_bytes, share in ((fwd, 1 / 6), (bwd, 5 / 6)))
-            tqdm.write(f'{name:<20}{(fwd + bwd) / 1e6:>10,.1f}{sync / 1e6:>10,.1f}'
+            print(f'{name:<20}{(fwd + bwd) / 1e6:>10,.1f}{sync / 1e6:>10,.1f}'
                   f'{(fwd + bwd) * s:>10,.2f}{sync * s:>10,.2f}'
                   f'{of_model + attention + of_codec:>12,.2f}'
                   f'{max(0, of_codec) / (of_model + attention):>8.1%}{tokens / seconds:>12,.0f}')
@@ -507,8 +507,8 @@ class World:
                                      f'{value}: they must be the same')
         self.ring = Ring(group, self.ring.link)
         if not self.master and env.get('LOCAL_RANK') == '0':  # the first of another machine
-            tqdm.write(f'rank {self.rank} of {self.world_size}: rank 0, on {env["MASTER_ADDR"]}, says '
-                  f'the rest, and logs it there in {c.out_dir}')
+            tqdm.write(f'rank {self.rank} of {self.world_size}: rank 0, on {env["MASTER_ADDR"]}, '
+                       f'says the rest, and logs it there in {c.out_dir}')
 
     def stop(self, signum, frame):
         """On a signal: stop after a step. A second one ends the process at once."""
