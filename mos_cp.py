@@ -348,7 +348,7 @@ class GPTConfig:
     send: str = 'mixture'  # mixture (ours), paper, full (uncompressed), or local (nothing)
     latent_dim: int = 16  # numbers sent for a token and layer, its key and value together
     n_generators: int = 0  # how many matrices theta mixes into the subspace; 0: one subspace
-    guess_below: bool = True  # a layer is guessed from what was sent for the layers below
+    guess_below: bool = True  # guess from what layers below sent of a token and the one before
     exact_local: bool = True  # a chunk's own keys and values are exact; False (the paper): rebuilt
     compress_last: bool = True  # False (the paper): the last layer sends full keys and values
     wire_dtype: str = 'auto'  # compute, bf16, int8, int4; auto: int4 for mixture, else compute
