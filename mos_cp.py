@@ -140,7 +140,7 @@ class Mixture(Full):
         self.E = nn.Parameter(F.pad(E_0[:, None], (0, 0, 0, k)))  # (n, 1 + k, r)
         self.D = nn.Parameter(self.E.detach().clone())
         self.A = nn.Parameter(torch.zeros(n, n_known))
-        self.S = nn.Parameter(torch.randn(k, n_known))
+        self.S = nn.Parameter(torch.randn(k, n_known), requires_grad=k > 0)
 
     def y(self, known):
         """known (B, T, 1 + n_below) -> y (B, T, 1 + 2 n_below, and zeros up to a multiple of 8)"""
