@@ -51,7 +51,8 @@ class Full(nn.Module):
                 return (self.D @ W.T,)
 
             def expand(self, payload, known, weights):
-                return (payload[0] @ weights[0]).unflatten(-1, self.shape)
+                (z,), (D_W,) = payload, weights
+                return (z @ D_W).unflatten(-1, self.shape)
 
     `compress` runs under ordinary autograd. `expand` runs inside ring attention, forward and once
     more in backward, and sees nothing but its arguments: a parameter that it read from self would
